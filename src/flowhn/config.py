@@ -1,0 +1,185 @@
+"""Hydra composition with errors that a user can act on, and the construction of a model from a composed config.
+
+Hydra's own command line ends with exit code 1 and several lines on a misspelt key. Everything here goes through
+:func:`compose`, which turns each of those into one :class:`~flowhn.errors.UserError` with the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from flowhn.errors import UserError
+
+if TYPE_CHECKING:
+    from flowhn.models import CausalLM
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+# What decides a run's result. Everything else (output folder, logger, display, checkpoint interval) may change freely
+# between a run and its continuation, and does not make another record.
+IDENTITY_KEYS = (
+    "model", "size_name", "vocab_size", "seq_len", "data", "tokens", "global_batch_tokens", "optimizer", "schedule",
+    "seed", "eval", "precision", "clip_grad_norm", "val_rows", "val_points", "compile", "device",
+)  # fmt: skip
+
+
+def config_dir() -> Path:
+    """The folder of the Hydra configs: inside an installed wheel, or at the top of the checkout."""
+    here = Path(__file__).resolve()
+    for candidate in (here.parent / "configs", here.parents[2] / "configs"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise UserError(f"no configs folder beside {here.parent}; install flowhn again (pip install -e .)")
+
+
+def parse_tokens(budget: Any, named: Mapping[str, int]) -> int:
+    """Token budget of a run: a name of the size's own list (smoke, laptop, paper) or a number such as 60M, 1.5B, 200000.
+
+    Raises:
+        UserError: the text is neither, or not positive.
+    """
+    text = str(budget).strip()
+    if text in named:
+        return int(named[text])
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([kKmMbB]?)", text)
+    tokens = int(float(match[1]) * _UNITS[match[2].lower()]) if match else 0
+    if tokens <= 0:
+        raise UserError(f"budget={text} is neither one of {', '.join(named)} nor a number of tokens such as 60M")
+    return tokens
+
+
+def _tokens_resolver(budget: Any, named: Any) -> int:
+    return parse_tokens(budget, OmegaConf.to_container(named) if OmegaConf.is_config(named) else named)
+
+
+def register_resolvers() -> None:
+    """Register ``${tokens:budget,names}``; calling it again is harmless."""
+    OmegaConf.register_new_resolver("tokens", _tokens_resolver, replace=True)
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their options, as found on disk."""
+    root = config_dir()
+    return {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(root.iterdir())
+        if folder.is_dir()
+    }
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """A phrase that suggests the nearest candidate, or lists them all when none is near."""
+    names = sorted(set(candidates))
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+
+
+def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
+    """Compose ``configs/<root>.yaml`` with Hydra overrides.
+
+    Raises:
+        UserError: an unknown key or option (with the nearest valid one), or an override that cannot be read.
+    """
+    register_resolvers()
+    overrides = list(overrides)
+    _check_groups(overrides)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_dir()), version_base="1.3"):
+            cfg = hydra_compose(root, overrides=overrides, return_hydra_config=True)
+        choices = OmegaConf.to_container(cfg.hydra.runtime.choices)
+        with open_dict(cfg):
+            del cfg["hydra"]
+            cfg.choices = {key: value for key, value in choices.items() if not key.startswith("hydra/")}
+        OmegaConf.resolve(cfg)
+    except UserError:
+        raise
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, root, overrides) from error
+    return cfg
+
+
+def _check_groups(overrides: list[str]) -> None:
+    known = groups()
+    for override in overrides:
+        key, _, value = override.partition("=")
+        group = key.lstrip("+~").split("@")[0]
+        if group in known and re.fullmatch(r"[\w.\-]+", value) and value != "null" and value not in known[group]:
+            raise UserError(f"{group}={value} does not exist; {nearest(value, known[group])}")
+
+
+def _explain(error: Exception, root: str, overrides: list[str]) -> UserError:
+    """One sentence for what Hydra or OmegaConf says in several."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):  # raised inside a resolver
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    text = str(error).strip().splitlines()[0]
+    if "budget" in str(error) and "number of tokens" in str(error):
+        return UserError(str(error).split("raised while resolving interpolation: ")[-1].splitlines()[0])
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if f"'{key}'" in str(error) or f"'{key.split('.')[-1]}'" in str(error):
+            return UserError(f"unknown key {key}; {nearest(key, _valid_keys(root))} (put + before it to add a new key)")
+        if override in str(error):
+            return UserError(f"the override {override!r} cannot be read; write key=value, for example seed=1")
+    return UserError(f"the configuration cannot be composed: {text}")
+
+
+def _valid_keys(root: str) -> list[str]:
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        cfg = hydra_compose(root)
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        found = []
+        for key in node:
+            name = f"{prefix}{key}"
+            found.append(name)
+            child = OmegaConf.to_container(node, resolve=False)[key]
+            if isinstance(child, dict):
+                found += walk(node._get_node(key), f"{name}.")
+        return found
+
+    return walk(cfg, "") + [group for group in groups() if group != "artefact"]
+
+
+def to_dict(cfg: DictConfig) -> dict[str, Any]:
+    """The resolved configuration as plain Python containers."""
+    return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a resolved configuration that decides the result of a run; its hash names the run."""
+    return {key: config[key] for key in IDENTITY_KEYS if key in config}
+
+
+def build_model(config: Mapping[str, Any]) -> CausalLM:
+    """Build the network of a resolved config's ``model`` tree, on the default device.
+
+    Raises:
+        UserError: sizes that do not fit (heads and width, split ratio, ...), an unusable kernel asked for by name.
+    """
+    from hydra.errors import InstantiationException
+    from hydra.utils import instantiate
+
+    tree = config["model"]
+    try:
+        return instantiate(tree, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise UserError(f"the model cannot be built from its config: {str(error).splitlines()[0]}") from error
