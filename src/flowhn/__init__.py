@@ -1,3 +1,19 @@
 """flowhn: a PyTorch Lightning reproduction of FlowHN, the parallel hybrid of attention and Mamba (arXiv 2505.19472)."""
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = "0.1.0"
+__all__ = ["__version__", "load"]
+
+
+def load(folder: Any, *, device: Any = "cpu") -> Any:
+    """The network of a finished run's folder, with its weights, in eval mode (a :class:`flowhn.models.CausalLM`).
+
+    Raises:
+        UserError: see :func:`flowhn.loading.load_run`.
+    """
+    from flowhn.loading import load_run  # torch takes seconds to import; `import flowhn` must not
+
+    return load_run(folder, device=device).model

@@ -67,7 +67,9 @@ class Display:
 
         def update(progress: RunProgress) -> None:
             share = progress.done / progress.total if progress.total else 0.0
-            whole = {"train": share * (1 - _EVAL_WEIGHT), "eval": 1 - _EVAL_WEIGHT * (1 - share)}.get(progress.phase, 0.0)
+            whole = {"train": share * (1 - _EVAL_WEIGHT), "eval": 1 - _EVAL_WEIGHT * (1 - share)}.get(
+                progress.phase, 0.0
+            )
             state = _state(progress)
             self._bars.update(self._one, completed=whole, state=state)
             self._bars.update(self._all, completed=self._n_done + whole, state=f"{self._n_done}/{self._n_runs} runs")
@@ -76,7 +78,11 @@ class Display:
                 self._last_line = now
                 done = (self._n_done + whole) / self._n_runs
                 left = (now - self._begun) * (1 - done) / done if done > 0.01 else float("nan")
-                self.say(f"    {name}: {state}, about {left / 60:.0f} min left for all" if left == left else f"    {name}: {state}")
+                self.say(
+                    f"    {name}: {state}, about {left / 60:.0f} min left for all"
+                    if left == left
+                    else f"    {name}: {state}"
+                )
 
         return update
 

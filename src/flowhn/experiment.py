@@ -7,11 +7,13 @@ same configuration always meets its own folder again: a finished run is not repe
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from flowhn.reporting.record import RunRecord, config_hash, environment, read_re
 RECORD_NAME = "record.json"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+TRAINED_NAME = "trained.json"  # training is done, the evaluation is not
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,19 @@ def count_parameters(config: Mapping[str, Any]) -> int:
         return build_model(config).num_parameters()
 
 
+def summary(record: RunRecord) -> str:
+    """One line for a finished run: loss, speed, evaluation average, time."""
+    parts = []
+    if record.losses["final_val"] is not None:
+        parts.append(f"validation loss {record.losses['final_val']:.3f}")
+    if record.throughput["tps"] is not None:
+        parts.append(f"{record.throughput['tps']:,.0f} tok/s")
+    accuracies = [100 * task["acc"] for task in record.evaluation["tasks"].values() if task.get("acc") is not None]
+    if accuracies:
+        parts.append(f"mean accuracy {sum(accuracies) / len(accuracies):.1f} %")
+    return ", ".join([*parts, f"{record.wall_seconds['total']:.0f} s"])
+
+
 class Workshop:
     """Runs configurations one after another and keeps what they share: the prepared data and the evaluation requests."""
 
@@ -129,7 +145,9 @@ class Workshop:
             with lock.acquire(timeout=0):
                 return self._run_locked(run, on_progress, say)
         except Timeout:
-            raise UserError(f"another process works in {run.folder}; wait for it or set output_dir= elsewhere") from None
+            raise UserError(
+                f"another process works in {run.folder}; wait for it or set output_dir= elsewhere"
+            ) from None
 
     def _run_locked(self, run: Run, on_progress: Callable[[Progress], None], say: Callable[[str], None]) -> RunRecord:
         from flowhn.training import seed_everything
@@ -145,3 +163,248 @@ class Workshop:
         # The optimiser's state is worth keeping only until the record exists: two checkpoints of ten 1B models are 275 GB.
         shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
         return record
+
+    def evaluate(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: Mapping[str, Any],
+        *,
+        suite: Mapping[str, Any],
+        device: Any,
+        heldout_file: Path | None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> dict[str, Any]:
+        """lm-eval results of one model, ``{suite, tasks, seconds}``; the requests are built once per suite.
+
+        Raises:
+            UserError: the suite's data is missing or there is no tokenizer.
+        """
+        from flowhn.evaluation import Evaluator
+
+        if not suite["tasks"]:
+            return {"suite": suite["name"], "tasks": {}, "seconds": 0.0}
+        if tokenizer is None:
+            raise UserError("data=random has no tokenizer and cannot be evaluated; set eval=none")
+        key = config_hash({"suite": dict(suite), "heldout": str(heldout_file)})
+        if key not in self._evaluators:
+            if on_progress:
+                on_progress(Progress("eval", text="building the evaluation requests"))
+            self._evaluators[key] = Evaluator(
+                suite=dict(suite),
+                heldout_file=heldout_file,
+                work_dir=Path(config["cache_dir"]) / "eval" / key,
+                seed=1234,  # the same questions for every seed of a run
+            )
+        result = self._evaluators[key].run(
+            model,
+            tokenizer,
+            device=device,
+            max_length=config["seq_len"],
+            on_progress=(lambda done, total: on_progress(Progress("eval", done, total))) if on_progress else None,
+        )
+        return {"suite": suite["name"], **result}
+
+    def _evaluate(
+        self, run: Run, prepared: Any, trained: Trained, on_progress: Callable[[Progress], None]
+    ) -> dict[str, Any]:
+        from flowhn.data import load_tokenizer
+
+        return self.evaluate(
+            trained.model,
+            load_tokenizer(prepared) if prepared.tokenizer_file else None,
+            run.config,
+            suite=run.config["eval"],
+            device=trained.hardware.device,
+            heldout_file=prepared.heldout_file,
+            on_progress=on_progress,
+        )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with what its record needs; ``fit`` holds FitResult's fields as plain values."""
+
+    model: Any
+    hardware: Any
+    fit: dict[str, Any]
+
+
+def _train(run: Run, prepared: Any, on_progress: Callable[[Progress], None], say: Callable[[str], None]) -> Trained:
+    """Train, or load what an earlier call trained before it was stopped in the evaluation."""
+    from dataclasses import asdict
+
+    from flowhn.loading import load_weights
+    from flowhn.training import resolve_hardware
+
+    config, folder = run.config, run.folder
+    hardware = resolve_hardware(config)
+    if config["trainer"]["deterministic"]:
+        import torch
+
+        torch.use_deterministic_algorithms(True)
+    model = build_model(config)
+    done = folder / TRAINED_NAME
+    if done.is_file() and (folder / WEIGHTS_NAME).is_file():
+        load_weights(model, folder / WEIGHTS_NAME)
+        return Trained(model.to(hardware.device).eval(), hardware, json.loads(done.read_text(encoding="utf-8")))
+    result = _fit(run, model, prepared, hardware, on_progress, say)
+    fitted = {key: value for key, value in asdict(result).items() if key != "skipped"}
+    fitted["kernels"] = _kernels(model, hardware)
+    _save_weights(model, folder)
+    _copy_tokenizer(prepared, folder)
+    write_json(done, fitted)
+    return Trained(model.to(hardware.device).eval(), hardware, fitted)
+
+
+def _fit(
+    run: Run,
+    model: Any,
+    prepared: Any,
+    hardware: Any,
+    on_progress: Callable[[Progress], None],
+    say: Callable[[str], None],
+) -> Any:
+    from flowhn.data import TokenDataModule
+    from flowhn.training import LitLM, batch_plan, fit, validation_steps
+
+    config = run.config
+    micro, accumulate = batch_plan(
+        global_batch_tokens=config["global_batch_tokens"],
+        seq_len=config["seq_len"],
+        micro_batch_size=config["micro_batch_size"],
+        n_devices=hardware.n_devices,
+    )
+    steps = total_steps(config, prepared)
+    kernels = _kernels(model, hardware)
+    say(
+        f"{run.name}: {hardware.device}, {hardware.precision}, SSM scan by {kernels['ssm']}, attention by {kernels['attention']}"
+    )
+    data = TokenDataModule(
+        prepared=prepared,
+        batch_size=micro,
+        val_batch_size=micro,
+        seed=config["seed"],
+        n_train_samples=steps * (config["global_batch_tokens"] // config["seq_len"]),
+        val_rows=config["val_rows"],
+    )
+    lit = LitLM(
+        net=model,
+        optimizer=config["optimizer"],
+        schedule={**config["schedule"], "total_steps": steps},
+        compile=hardware.compile,
+    )
+    return fit(
+        lit,
+        data,
+        hardware=hardware,
+        trainer_cfg=config["trainer"],
+        total_steps=steps,
+        tokens_per_step=config["global_batch_tokens"],
+        seq_len=config["seq_len"],
+        run_dir=run.folder,
+        run_id=run.run_id,
+        accumulate=accumulate,
+        val_steps=validation_steps(steps, config["val_points"]),
+        clip_grad_norm=config["clip_grad_norm"],
+        loggers=_loggers(run),
+        on_progress=lambda step, total, speed, loss: on_progress(Progress("train", step, total, speed, loss)),
+        say=say,
+    )
+
+
+def total_steps(config: Mapping[str, Any], prepared: Any) -> int:
+    """Optimiser steps of a run: the token budget over the tokens of a step, rounded up.
+
+    With ``data.packing=pad`` only real tokens count toward the budget (published code), so a step counts for the mean
+    number of real tokens in its rows.
+    """
+    per_row = min(prepared.tokens_per_row, config["seq_len"])
+    rows = config["global_batch_tokens"] // config["seq_len"]
+    return max(1, math.ceil(config["tokens"] / (rows * per_row)))
+
+
+def _kernels(model: Any, hardware: Any) -> dict[str, str | None]:
+    from flowhn.models.kernels import kernels_used
+
+    return kernels_used(model, hardware.device.type)
+
+
+def _loggers(run: Run) -> list[Any]:
+    from hydra.utils import instantiate
+
+    made = []
+    for name, spec in run.config["logger"].items():
+        options = {"save_dir": str(run.folder)}
+        if name == "wandb":
+            options |= {
+                "name": run.name,
+                "id": run.run_id,
+                "offline": not os.environ.get("WANDB_API_KEY"),
+                "config": run.config,
+            }
+        made.append(instantiate(spec, _convert_="all")(**options))
+    return made
+
+
+def _save_weights(model: Any, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = folder / f".{WEIGHTS_NAME}.tmp"
+    save_file(weights, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / WEIGHTS_NAME)
+
+
+def _copy_tokenizer(prepared: Any, folder: Path) -> None:
+    source = prepared.tokenizer_file
+    if source is None:
+        return
+    if source.is_dir():
+        shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, folder / source.name)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _record(run: Run, prepared: Any, trained: Trained, evaluation: dict[str, Any], seconds: float) -> RunRecord:
+    from flowhn.benchmark import describe_device
+
+    config, fitted = run.config, trained.fit
+    val = fitted["curves"]["val"]
+    return RunRecord(
+        run_id=run.run_id,
+        artefact=config["artefact"],
+        cell=cell_name(config),
+        model=config["choices"]["model"],
+        size=config["choices"]["size"],
+        seed=config["seed"],
+        status="done",
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        config=config,
+        **environment(),
+        device=describe_device(trained.hardware.device, trained.hardware.n_devices),
+        kernels=fitted["kernels"],
+        parameters=trained.model.num_parameters(),
+        tokens=fitted["steps"] * config["global_batch_tokens"],
+        steps=fitted["steps"],
+        seq_len=config["seq_len"],
+        global_batch_tokens=config["global_batch_tokens"],
+        data={"name": config["data"]["name"], **prepared.stats},
+        losses={
+            **fitted["curves"],
+            "final_val": val[-1][1] if val else None,
+            "unigram_entropy": prepared.stats.get("unigram_entropy_nats"),
+        },
+        throughput=fitted["throughput"],
+        memory=fitted["memory"],
+        evaluation={"suite": evaluation["suite"], "tasks": evaluation["tasks"]},
+        wall_seconds={"train": fitted["wall_seconds"], "eval": evaluation["seconds"], "total": seconds},
+        resumed=fitted["resumed"],
+    )

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from flowhn.cli import run_entry
 from flowhn.config import compose, config_dir, nearest
 from flowhn.errors import UserError
-from flowhn.experiment import Run, plan
+from flowhn.experiment import Run, plan, summary
 
 EPILOG = """examples:
   ./reproduce.sh                                                Table 1 at laptop scale, from nothing
@@ -58,7 +58,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("artefact", nargs="?", default="table1", help="what to make (see --list); default: table1")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides; also models=[...] seeds=[...]")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="Hydra overrides; also models=[...] seeds=[...]"
+    )
     parser.add_argument("--list", action="store_true", help="the artefacts and the paper's claim behind each")
     parser.add_argument("--dry-run", action="store_true", help="show the runs, their size and which records exist")
     parser.add_argument("--force", action="store_true", help="run again although records exist (they are deleted)")
@@ -99,9 +101,7 @@ def _selection(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str]
     return chosen, rest
 
 
-def _plan_cells(
-    name: str, artefact: dict[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Run], dict[str, Run]]:
+def _plan_cells(name: str, artefact: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Run], dict[str, Run]]:
     """The runs asked for, and the artefact's other cells (their records, where they exist, stay in the table)."""
     models, overrides = _selection(overrides, ("models", "model"))
     seeds, overrides = _selection(overrides, ("seeds",))
@@ -152,19 +152,6 @@ def _run_missing(artefact: dict[str, Any], runs: dict[str, Run]) -> dict[str, st
     return failed
 
 
-def summary(record: Any) -> str:
-    """One line for a finished run: loss, speed, evaluation average, time."""
-    parts = []
-    if record.losses["final_val"] is not None:
-        parts.append(f"validation loss {record.losses['final_val']:.3f}")
-    if record.throughput["tps"] is not None:
-        parts.append(f"{record.throughput['tps']:,.0f} tok/s")
-    accuracies = [100 * task["acc"] for task in record.evaluation["tasks"].values() if task.get("acc") is not None]
-    if accuracies:
-        parts.append(f"mean accuracy {sum(accuracies) / len(accuracies):.1f} %")
-    return ", ".join([*parts, f"{record.wall_seconds['total']:.0f} s"])
-
-
 def _dry_run(name: str, runs: dict[str, Run]) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -172,7 +159,17 @@ def _dry_run(name: str, runs: dict[str, Run]) -> int:
     from flowhn.experiment import count_parameters
 
     table = Table(title=f"{name}: {len(runs)} runs")
-    for column in ("cell", "size", "parameters", "tokens", "steps", "seed", "disk while running", "disk after", "record"):
+    for column in (
+        "cell",
+        "size",
+        "parameters",
+        "tokens",
+        "steps",
+        "seed",
+        "disk while running",
+        "disk after",
+        "record",
+    ):
         table.add_column(column, justify="left" if column in ("cell", "size", "record") else "right", no_wrap=True)
     after = 0.0
     for cell, run in runs.items():
@@ -188,7 +185,9 @@ def _dry_run(name: str, runs: dict[str, Run]) -> int:
     console.print(table)
     first = next(iter(runs.values()))
     free = shutil.disk_usage(_existing(first.folder)).free
-    console.print(f"weights of all runs: {_bytes(after)}; free on that disk: {_bytes(free)}; output: {first.folder.parent}")
+    console.print(
+        f"weights of all runs: {_bytes(after)}; free on that disk: {_bytes(free)}; output: {first.folder.parent}"
+    )
     return 0
 
 

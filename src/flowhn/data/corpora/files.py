@@ -1,0 +1,118 @@
+"""``data=files``: a user's own text, as plain text, JSON lines or Parquet, compressed or not."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flowhn.data.corpora.base import Document, uniform_hash
+from flowhn.data.corpora.readers import SUFFIXES, is_supported, read_documents
+from flowhn.errors import UserError
+
+# With fewer documents than this a hash would give validation nothing or nearly everything, so the tail of each document
+# is held out instead.
+FEW_DOCUMENTS = 10
+WHOLE_HASH_BYTES = 256 * 2**20
+
+
+class FilesCorpus:
+    """Documents of one or more local files.
+
+    Args:
+        spec: ``path`` (file, folder, glob or a list of these), ``val_path`` (the same, or null), ``val_fraction`` (used
+            where there is no ``val_path``), ``text_key`` (field or column of JSON lines and Parquet), ``separator`` (the
+            line between documents of a text file).
+
+    Raises:
+        UserError: a path that is missing, empty or of unknown type, or a fraction out of range.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]) -> None:
+        if not spec.get("path"):
+            raise UserError("data=files needs data.path=FILE (a file, a folder, a glob or a list of these)")
+        self.text_key = str(spec.get("text_key") or "text")
+        self.separator = str(spec.get("separator") or "<|endoftext|>")
+        self.paths = resolve_paths(spec["path"], "data.path")
+        self.val_paths = resolve_paths(spec["val_path"], "data.val_path") if spec.get("val_path") else []
+        self.val_fraction = float(spec.get("val_fraction") or 0.0)
+        if not self.val_paths and not 0 < self.val_fraction < 1:
+            raise UserError(
+                f"data.val_fraction={spec.get('val_fraction')} must lie between 0 and 1, or set data.val_path=FILE"
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Hashes of the files, in reading order; where they lie does not matter."""
+        return {"files": [file_hash(path) for path in self.paths], "val": [file_hash(path) for path in self.val_paths]}
+
+    def documents(self) -> Iterator[Document]:
+        """Documents of ``path`` in file order, then those of ``val_path``; streamed, one document in memory at a time."""
+        texts = self._read(self.paths, "data.path")
+        if self.val_paths:
+            yield from (Document(name, text, False) for name, text in texts)
+            yield from (Document(name, text, True) for name, text in self._read(self.val_paths, "data.val_path"))
+            return
+        first = list(itertools.islice(texts, FEW_DOCUMENTS))
+        if len(first) < FEW_DOCUMENTS:
+            for name, text in first:
+                yield from _cut_tail(name, text, self.val_fraction)
+            return
+        for name, text in itertools.chain(first, texts):
+            yield Document(name, text, uniform_hash(text) < self.val_fraction)
+
+    def _read(self, paths: Sequence[Path], key: str) -> Iterator[tuple[str, str]]:
+        for path in paths:
+            yield from read_documents(path, key=key, text_key=self.text_key, separator=self.separator)
+
+
+def _cut_tail(name: str, text: str, fraction: float) -> Iterator[Document]:
+    cut = int(len(text) * (1 - fraction))
+    line_end = text.rfind("\n", 0, cut) + 1
+    cut = line_end if line_end > cut // 2 else cut
+    if cut:
+        yield Document(name, text[:cut], False)
+    yield Document(f"{name}:tail", text[cut:], True)
+
+
+def resolve_paths(value: str | Path | Sequence[str | Path], key: str) -> list[Path]:
+    """Files meant by a path, a folder (all readable files below it), a glob, or a list of these, in a fixed order.
+
+    Raises:
+        UserError: nothing is there, or a file's type is unknown.
+    """
+    values = [value] if isinstance(value, str | Path) else list(value)
+    found: list[Path] = []
+    for item in values:
+        path = Path(str(item)).expanduser()
+        if path.is_file():
+            found.append(path)
+        elif path.is_dir():
+            inside = sorted(child for child in path.rglob("*") if child.is_file() and is_supported(child))
+            if not inside:
+                raise UserError(f"{key}={item} holds no readable file; readable are {', '.join(SUFFIXES)}")
+            found += inside
+        elif glob.has_magic(str(path)):
+            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
+            if not matches:
+                raise UserError(f"{key}={item} matches no file; check the pattern")
+            found += matches
+        else:
+            raise UserError(f"{key}={item} does not exist; give a file, a folder or a glob")
+    for path in found:
+        if not is_supported(path):
+            raise UserError(f"{key}={path} has an unknown type; readable are {', '.join(SUFFIXES)}")
+        if path.stat().st_size == 0:
+            raise UserError(f"{key}={path} is empty; give a file with text in it")
+    return found
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file; for a very large one, of its name, size and time of change, which costs nothing to read."""
+    status = path.stat()
+    if status.st_size > WHOLE_HASH_BYTES:
+        return f"{path.name}:{status.st_size}:{status.st_mtime_ns}"
+    with path.open("rb") as stream:
+        return f"{''.join(path.suffixes[-2:])}:{hashlib.file_digest(stream, 'sha256').hexdigest()}"

@@ -1,0 +1,48 @@
+"""``flowhn-eval``: zero-shot evaluation of a finished run with lm-eval.
+
+    flowhn-eval RUN [eval=paper] [eval.data_dir=FOLDER] [eval.limit=100]
+
+RUN is a run's folder (``outputs/runs/...``). Results are printed and written to ``RUN/eval-<suite>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flowhn.cli import run_entry
+
+
+def main() -> None:
+    """Entry point of ``flowhn-eval``."""
+    run_entry(_main)
+
+
+def _main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="flowhn-eval", description="Evaluate a finished run with lm-eval.", allow_abbrev=False
+    )
+    parser.add_argument("run", type=Path, help="the folder of a finished run, for example outputs/runs/llama-tiny-...")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example eval=paper eval.data_dir=DIR")
+    args = parser.parse_args(list(argv))
+
+    from flowhn.config import compose, to_dict
+    from flowhn.experiment import Workshop, write_json
+    from flowhn.loading import load_run
+
+    config = to_dict(compose("train", args.overrides))
+    loaded = load_run(args.run)
+    result = Workshop().evaluate(loaded, config["eval"], device_name=config["trainer"]["accelerator"])
+    path = args.run / f"eval-{config['eval']['name']}.json"
+    write_json(path, result)
+    for task, numbers in result["tasks"].items():
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float))
+        sys.stdout.write(f"{task:<22}{shown}\n")
+    sys.stdout.write(f"written: {path}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Finished runs back from disk: the configuration, the network with its weights, the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowhn.config import build_model
+from flowhn.data.prepared import TOKENIZER_NAMES
+from flowhn.data.tokenization import TextTokenizer, open_tokenizer
+from flowhn.errors import UserError
+from flowhn.experiment import CONFIG_NAME, WEIGHTS_NAME
+from flowhn.models import CausalLM
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run: ``folder``, resolved ``config``, ``model`` (eval mode, fp32), ``tokenizer`` (None for random tokens)."""
+
+    folder: Path
+    config: dict[str, Any]
+    model: CausalLM
+    tokenizer: TextTokenizer | None
+
+
+def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> LoadedRun:
+    """Load a run's folder (``outputs/runs/...``).
+
+    Raises:
+        UserError: no such run, a run that is not finished, or weights that are damaged or belong to another model.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        raise UserError(f"{folder} is not the folder of a run (no {CONFIG_NAME}); give one of outputs/runs/")
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG_NAME} is damaged; train the run again or restore the file") from error
+    if not (folder / WEIGHTS_NAME).is_file():
+        raise UserError(
+            f"{folder} has no {WEIGHTS_NAME}: its training is not finished; run its command again to finish it"
+        )
+    model = build_model(config)
+    load_weights(model, folder / WEIGHTS_NAME)
+    tokenizer = next((folder / name for name in TOKENIZER_NAMES if (folder / name).exists()), None)
+    return LoadedRun(folder, config, model.to(device).eval(), open_tokenizer(tokenizer) if tokenizer else None)
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Put a safetensors file's weights into ``model``.
+
+    Raises:
+        UserError: the file is damaged, or is of another model (the first name or shape that differs is told).
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        weights = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the weights {path} are damaged ({error}); train the run again or restore the file") from error
+    own = model.state_dict()
+    missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+    if missing or unknown:
+        first = f"it lacks {missing[0]}" if missing else f"it has {unknown[0]}, which the model has not"
+        raise UserError(f"the weights {path} are of another model ({first}); use the config of the run that made them")
+    for name, tensor in weights.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"the weights {path} are of another model ({name} is {tuple(tensor.shape)}, expected "
+                f"{tuple(own[name].shape)}); use the config of the run that made them"
+            )
+    model.load_state_dict(weights)

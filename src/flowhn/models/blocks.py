@@ -1,0 +1,150 @@
+"""Blocks: the sequential pre-norm layer and FlowHN's parallel block (paper, figure 1; published code).
+
+Every block follows one protocol: it is built with ``(layer_idx=, n_layers=)`` on top of its own options and called as
+``block(x, carry) -> (x, carry)``, x of shape (B, T, D). The carry is what a block hands to the next one: None, or
+Hymba's shared keys and values. ``block.flops(n_tokens)`` counts one sequence's forward pass.
+Letters: B batch, T tokens, D d_model, n tokens of one branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowhn.models.norms import RMSNorm
+from flowhn.models.splits.base import BranchCost, Split, TokenSplit
+
+Carry = tuple[Tensor, Tensor] | None
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))``, no biases (Llama's MLP).
+
+    Args:
+        d_model: width D.
+        d_ff: hidden width.
+    """
+
+    def __init__(self, *, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.d_model, self.d_ff = d_model, d_ff
+        self.gate = nn.Linear(d_model, d_ff, bias=False)
+        self.up = nn.Linear(d_model, d_ff, bias=False)
+        self.down = nn.Linear(d_ff, d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D)."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+    def flops(self, n_tokens: int) -> int:
+        """Forward FLOPs of one sequence: three projections, activations not counted."""
+        return 6 * self.d_model * self.d_ff * n_tokens
+
+
+class SequentialBlock(nn.Module):
+    """A pre-norm layer: ``x = x + mixer(norm(x))``; with an MLP also ``x = x + mlp(norm(x))``.
+
+    The layer of every sequential model, and each branch of FlowHN's parallel block.
+
+    Args:
+        d_model: width D.
+        mixer: builds the token mixer; called without arguments.
+        d_ff: hidden width of the SwiGLU MLP; None leaves the MLP out (pure Mamba layers).
+        layer_idx, n_layers: part of the block protocol; this block does not depend on its depth.
+        norm_eps: added to the mean square in the norms.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        mixer: Callable[[], nn.Module],
+        d_ff: int | None = None,
+        layer_idx: int = 0,
+        n_layers: int = 1,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
+        self.mixer = mixer()
+        self.mlp_norm = RMSNorm(d_model, eps=norm_eps) if d_ff else None
+        self.mlp = SwiGLU(d_model=d_model, d_ff=d_ff) if d_ff else None
+
+    def forward(self, x: Tensor, carry: Carry = None, **mixer_options: Any) -> tuple[Tensor, Carry]:
+        """(B, T, D) -> (B, T, D), carry as it came. ``mixer_options`` (attention's positions) go to the mixer."""
+        x = x + self.mixer(self.mixer_norm(x), **mixer_options)
+        if self.mlp is not None:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, carry
+
+    def flops(self, n_tokens: int) -> int:
+        """Forward FLOPs of one sequence of ``n_tokens``."""
+        return self.mixer.flops(n_tokens) + (self.mlp.flops(n_tokens) if self.mlp is not None else 0)
+
+
+class ParallelBlock(nn.Module):
+    """FlowHN's block: attention and SSM side by side, each on the tokens that the split gives it.
+
+    ::
+
+        a = AttentionLayer(x[attn tokens])        u = SSMLayer(x[ssm tokens])
+        x = x + fusion(a, u)
+        x = x + Linear(RMSNorm(x))                D -> D, no bias
+
+    Both branches are whole pre-norm layers with their own SwiGLU MLP. Figure 1 draws only norm and mixer per branch;
+    the published code has the MLPs, and so have we. Attention is told the tokens' positions in the whole sequence,
+    which matters only with rotary embeddings (off in the published model).
+
+    Args:
+        d_model: width D.
+        attention, ssm: build the mixers; called without arguments.
+        d_ff: hidden width of each branch's MLP.
+        split: which tokens each branch sees.
+        fusion: builds the fusion; called with ``d_model`` and ``full`` (both branches see all tokens).
+        layer_idx: index of this block from 0 (the split may depend on it); n_layers: number of blocks.
+        norm_eps: added to the mean square in the norms.
+    """
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        attention: Callable[[], nn.Module],
+        ssm: Callable[[], nn.Module],
+        d_ff: int,
+        split: Split,
+        fusion: Callable[..., nn.Module],
+        layer_idx: int = 0,
+        n_layers: int = 1,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        layer = {"d_model": d_model, "d_ff": d_ff, "layer_idx": layer_idx, "n_layers": n_layers, "norm_eps": norm_eps}
+        self.layer_idx = layer_idx
+        self.attention = SequentialBlock(mixer=attention, **layer)
+        self.ssm = SequentialBlock(mixer=ssm, **layer)
+        self.split = split
+        self.fusion = fusion(d_model=d_model, full=split.full)
+        self.norm = RMSNorm(d_model, eps=norm_eps)
+        self.proj = nn.Linear(d_model, d_model, bias=False)
+
+    def token_split(self, n_tokens: int) -> TokenSplit:
+        """The routing of ``n_tokens`` tokens in this block."""
+        return self.split(n_tokens, self.layer_idx, BranchCost(self.attention.flops, self.ssm.flops))
+
+    def forward(self, x: Tensor, carry: Carry = None) -> tuple[Tensor, Carry]:
+        """(B, T, D) -> (B, T, D), carry as it came."""
+        split = self.token_split(x.shape[1])
+        y_attn, _ = self.attention(split.gather_attn(x), positions=split.positions_attn(x.device))  # (B, n_attn, D)
+        y_ssm, _ = self.ssm(split.gather_ssm(x))  # (B, n_ssm, D)
+        x = x + self.fusion(y_attn, y_ssm, split)
+        return x + self.proj(self.norm(x)), carry
+
+    def flops(self, n_tokens: int) -> int:
+        """Forward FLOPs of one sequence of ``n_tokens``: each branch on its own tokens."""
+        split = self.token_split(n_tokens)
+        branches = self.attention.flops(split.n_attn) + self.ssm.flops(split.n_ssm)
+        return branches + self.fusion.flops(n_tokens) + 2 * self.proj.weight.numel() * n_tokens

@@ -1,0 +1,189 @@
+"""Causal grouped-query attention with optional RoPE, sliding window and meta tokens."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from flowhn.errors import UserError
+from flowhn.models.kernels import resolve_attention
+
+
+def _build_mask(n_tokens: int, window: int, n_meta: int, device: torch.device) -> Tensor:
+    query = torch.arange(n_tokens, device=device)[:, None]
+    key = torch.arange(n_tokens, device=device)[None, :]
+    return (key <= query) & ((key > query - window) | (key < n_meta))  # (T, T)
+
+
+@lru_cache(maxsize=8)
+def _cached_mask(n_tokens: int, window: int, n_meta: int, device: torch.device) -> Tensor:
+    # A mask born in inference mode could not be saved for a later training step's backward.
+    with torch.inference_mode(False):
+        return _build_mask(n_tokens, window, n_meta, device)
+
+
+def window_mask(n_tokens: int, window: int, n_meta: int, device: torch.device) -> Tensor:
+    """Boolean (T, T): may query i (row) see key j (column): ``i - window < j <= i``, or ``j < n_meta`` and ``j <= i``.
+
+    Kept for the last few shapes, except while torch.compile traces (its tensors must not outlive the trace).
+    """
+    build = _build_mask if torch.compiler.is_compiling() else _cached_mask
+    return build(n_tokens, window, n_meta, device)
+
+
+def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotate pairs of channels (i, i + d_head / 2) by ``position * theta^(-2 i / d_head)`` (Llama's layout).
+
+    The angles are computed in float32 from scratch, so that casting the model to bfloat16 cannot coarsen them.
+
+    Args:
+        x: (B, heads, T, d_head).
+        positions: (T,), integer.
+        theta: base of the wavelengths.
+    """
+    d_head = x.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    exponents = torch.arange(0, d_head, 2, device=x.device, dtype=wide) / d_head
+    angles = positions.to(wide)[:, None] * theta**-exponents  # (T, d_head / 2)
+    cos, sin = angles.cos(), angles.sin()
+    first, second = x.to(wide).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """``softmax(Q K^T / sqrt(d_head)) V`` with a causal mask, per head; groups of queries share keys and values.
+
+    FlowHN's attention branch uses it without positional encoding (paper.md, as in Jamba), Llama with RoPE, Hymba with a
+    sliding window, meta tokens and keys and values shared between neighbouring layers. No biases.
+    Parameter names follow transformers' Llama: q_proj, k_proj, v_proj, o_proj.
+
+    Args:
+        d_model: width D.
+        n_heads: query heads.
+        n_kv_heads: key and value heads; None for ``n_heads``. Must divide ``n_heads``.
+        d_head: channels per head; None for ``d_model / n_heads``.
+        rope: rotate queries and keys by their position.
+        rope_theta: base of RoPE's wavelengths.
+        sliding_window: W; query i sees keys i - W < j <= i. None for all earlier tokens. Distances are counted in the
+            tokens given, not in ``positions``.
+        n_meta_tokens: the first tokens of the sequence, always visible to later ones whatever the window.
+        shares_kv: own no key and value weights; ``forward`` then needs ``kv``.
+        backend: auto, sdpa or flash_attn (see :mod:`flowhn.models.kernels`). A window with meta tokens is no pattern
+            that flash_attn knows: sequences longer than the window run SDPA there.
+
+    Raises:
+        UserError: heads that do not divide the width or each other, an odd ``d_head`` with RoPE, a window below 1.
+    """
+
+    kernel_kind = "attention"
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        d_head: int | None = None,
+        rope: bool = False,
+        rope_theta: float = 10000.0,
+        sliding_window: int | None = None,
+        n_meta_tokens: int = 0,
+        shares_kv: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_heads < 1 or (d_head is None and d_model % n_heads):
+            raise UserError(f"n_heads={n_heads} does not divide d_model={d_model}; choose a divisor, or set d_head")
+        if n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise UserError(f"n_kv_heads={n_kv_heads} does not divide n_heads={n_heads}; choose a divisor")
+        d_head = d_model // n_heads if d_head is None else d_head
+        if rope and d_head % 2:
+            raise UserError(f"d_head={d_head} is odd, which RoPE cannot rotate; choose n_heads so that d_head is even")
+        if sliding_window is not None and sliding_window < 1:
+            raise UserError(f"sliding_window={sliding_window} must be at least 1; use null for full attention")
+        resolve_attention("auto" if backend == "flash_attn" else backend, "cpu")  # refuses an unknown name at once
+        self.d_model, self.n_heads, self.n_kv_heads, self.d_head = d_model, n_heads, n_kv_heads, d_head
+        self.rope, self.rope_theta = rope, rope_theta
+        self.sliding_window, self.n_meta_tokens = sliding_window, n_meta_tokens
+        self.shares_kv, self.backend = shares_kv, backend
+        self.q_proj = nn.Linear(d_model, n_heads * d_head, bias=False)
+        if not shares_kv:
+            self.k_proj = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
+            self.v_proj = nn.Linear(d_model, n_kv_heads * d_head, bias=False)
+        self.o_proj = nn.Linear(n_heads * d_head, d_model, bias=False)
+
+    def kernel(self, device_type: str) -> str:
+        """``sdpa`` or ``flash_attn``: what long sequences run on a device type."""
+        resolved = resolve_attention(self.backend, device_type)
+        return "sdpa" if self.sliding_window is not None and self.n_meta_tokens else resolved
+
+    def project_kv(self, x: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys (after RoPE) and values, each (B, n_kv_heads, T, d_head), for this layer and those that share them."""
+        if self.shares_kv:
+            raise UserError("shares_kv=true leaves this attention without key and value weights; pass kv to forward")
+        k = self.k_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head)).transpose(1, 2)
+        return self._rotate(k, positions), v
+
+    def forward(
+        self, x: Tensor, *, positions: Tensor | None = None, kv: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D).
+
+        Args:
+            x: tokens in order.
+            positions: (T,) integer positions for RoPE; None for 0, 1, 2, ...
+            kv: keys and values of the same tokens from :meth:`project_kv` of another layer.
+        """
+        k, v = self.project_kv(x, positions) if kv is None else kv
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (B, H, T, d_head)
+        q = self._rotate(q, positions)
+        y = self._attend(q, k, v) if x.shape[1] else q
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
+        if not self.rope:
+            return x
+        if positions is None:
+            positions = torch.arange(x.shape[2], device=x.device)
+        return apply_rope(x, positions, self.rope_theta)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, T, d_head), (B, n_kv_heads, T, d_head) twice -> (B, H, T, d_head)."""
+        n_tokens = q.shape[2]
+        windowed = self.sliding_window is not None and n_tokens > self.sliding_window
+        use_flash = resolve_attention(self.backend, q.device.type) == "flash_attn"
+        if use_flash and not (windowed and self.n_meta_tokens):
+            return self._flash(q, k, v, self.sliding_window if windowed else None)
+        mask = window_mask(n_tokens, self.sliding_window, self.n_meta_tokens, q.device) if windowed else None
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_kv_heads != self.n_heads
+        )
+
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+        if q.dtype not in (torch.bfloat16, torch.float16):
+            raise UserError(f"attention=flash_attn cannot run in {q.dtype}; use precision=bf16-mixed or attention=sdpa")
+        from flash_attn import flash_attn_func  # optional package: kernels.py has probed it
+
+        size = (-1, -1) if window is None else (window - 1, 0)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, T, heads, d_head)
+        return flash_attn_func(q, k, v, causal=True, window_size=size).transpose(1, 2)
+
+    def flops(self, n_tokens: int) -> int:
+        """Forward FLOPs of one sequence: projections 2 * in * out a token, attention 4 per visible pair and channel.
+
+        Visible pairs are counted as areas, a causal square of n tokens being n * n / 2 (half of the full matrix).
+        """
+        projections = self.n_heads if self.shares_kv else self.n_heads + 2 * self.n_kv_heads
+        linear = 2 * self.d_model * self.d_head * (projections + self.n_heads) * n_tokens
+        window = n_tokens if self.sliding_window is None else min(self.sliding_window, n_tokens)
+        beyond = n_tokens - window
+        doubled_pairs = window * window + 2 * beyond * window
+        if beyond:  # tokens past the window still see the meta tokens
+            meta = min(self.n_meta_tokens, beyond)
+            doubled_pairs += meta * meta + 2 * (beyond - meta) * meta
+        return linear + 2 * doubled_pairs * self.n_heads * self.d_head

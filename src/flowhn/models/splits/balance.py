@@ -1,0 +1,72 @@
+"""The FLOP-aware choice of how many tokens attention takes (paper, figure 2; shared by FA_Split and FAC_Split).
+
+The branches run side by side, so a block is done when the slower one is. With a(n) the FLOPs of n tokens in the
+attention branch and s(n) those in the SSM branch, the cut is ``argmin_n |a(n) - s(T - n)|``. Deviation: the published
+code uses the constant 0.59 T (``ratio=0.59`` gives exactly that); here it is solved at each length, best integer.
+"""
+
+from __future__ import annotations
+
+from flowhn.errors import UserError
+from flowhn.models.splits.base import BranchCost, Split
+
+
+def balanced_attention_tokens(n_tokens: int, cost: BranchCost, multiple_of: int = 1) -> int:
+    """Number of attention tokens, a multiple of ``multiple_of``, that brings the branches' FLOPs closest together.
+
+    Both costs grow with the number of tokens, so the difference does too and bisection finds its change of sign; of
+    two equally good cuts the smaller is taken. A sequence shorter than ``multiple_of`` is cut at the exact integer.
+    """
+    step = multiple_of if n_tokens >= multiple_of else 1
+    low, high = 0, n_tokens // step  # the answer is among low * step .. high * step
+
+    def difference(k: int) -> int:
+        return cost.attn(k * step) - cost.ssm(n_tokens - k * step)
+
+    while low < high:
+        middle = (low + high) // 2
+        if difference(middle) < 0:
+            low = middle + 1
+        else:
+            high = middle
+    if low > 0 and abs(difference(low - 1)) <= abs(difference(low)):
+        low -= 1
+    return low * step
+
+
+class FlopAware(Split):
+    """A strategy that gives attention :meth:`n_attention` tokens.
+
+    Args:
+        ratio: attention's share of the tokens, 0 to 1, instead of the balanced one: ``int(ratio * T)`` as in the
+            published code, then the nearest multiple.
+        multiple_of: round the number of attention tokens to a multiple of this, for kernels that like round lengths.
+            Has no effect on sequences shorter than it.
+        window: see :class:`~flowhn.models.splits.base.Split`.
+
+    Raises:
+        UserError: ``ratio`` outside 0 to 1, ``multiple_of`` not a positive integer.
+    """
+
+    flop_balanced = True
+
+    def __init__(self, *, ratio: float | None = None, multiple_of: int = 1, window: int | None = None) -> None:
+        super().__init__(window=window)
+        if ratio is not None and (
+            isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 <= ratio <= 1.0
+        ):
+            raise UserError(f"split.ratio={ratio} must be null or attention's share of the tokens, from 0 to 1")
+        if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
+            raise UserError(f"split.multiple_of={multiple_of} must be a positive number of tokens")
+        self.ratio = ratio
+        self.multiple_of = multiple_of
+
+    def n_attention(self, n_tokens: int, cost: BranchCost) -> int:
+        """How many of ``n_tokens`` tokens go to attention."""
+        if self.ratio is None:
+            return balanced_attention_tokens(n_tokens, cost, self.multiple_of)
+        wanted = int(self.ratio * n_tokens)
+        if n_tokens < self.multiple_of:
+            return wanted
+        nearest = (wanted + self.multiple_of // 2) // self.multiple_of * self.multiple_of
+        return nearest if nearest <= n_tokens else nearest - self.multiple_of

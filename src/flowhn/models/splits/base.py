@@ -1,0 +1,187 @@
+"""What every split strategy shares: the routing it returns, the costs it may ask for, and caching.
+
+A split decides, for T tokens and block i, which tokens each branch of a parallel block sees. It is pure arithmetic on
+integers: the same lengths always give the same routing, no tensor is looked at, and ``torch.compile`` sees a constant.
+Letters: B batch, T tokens, D d_model, n tokens of one branch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowhn.errors import UserError
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class BranchCost:
+    """Forward FLOPs of n tokens of one sequence in each branch (mixer and MLP)."""
+
+    attn: Callable[[int], int]
+    ssm: Callable[[int], int]
+
+
+def complement(ranges: Ranges, n_tokens: int) -> Ranges:
+    """The half-open ranges of ``[0, n_tokens)`` that ``ranges`` (ascending, disjoint) leaves out."""
+    edges = [0, *(edge for pair in ranges for edge in pair), n_tokens]
+    return joined(zip(edges[::2], edges[1::2], strict=True))
+
+
+def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Ascending ranges without empty ones, touching ones made one."""
+    result: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if start == stop:
+            continue
+        if result and result[-1][1] == start:
+            result[-1] = (result[-1][0], stop)
+        else:
+            result.append((start, stop))
+    return tuple(result)
+
+
+def count(ranges: Ranges) -> int:
+    """Number of tokens in half-open ranges."""
+    return sum(stop - start for start, stop in ranges)
+
+
+def _gather(x: Tensor, ranges: Ranges) -> Tensor:
+    if not ranges:
+        return x[:, :0]
+    pieces = [x[:, start:stop] for start, stop in ranges]  # views of (B, n_r, D)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _pieces(y: Tensor, ranges: Ranges) -> list[Tensor]:
+    """Cut a branch's output (B, n, D) into the ranges that its tokens came from."""
+    pieces, taken = [], 0
+    for start, stop in ranges:
+        pieces.append(y[:, taken : taken + stop - start])
+        taken += stop - start
+    return pieces
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """Which of ``n_tokens`` tokens each branch sees: half-open ranges, ascending, so that order is kept.
+
+    A strategy gives either a partition (each token in exactly one branch) or full copies (both see all).
+    """
+
+    n_tokens: int
+    attn: Ranges
+    ssm: Ranges
+
+    @property
+    def n_attn(self) -> int:
+        return count(self.attn)
+
+    @property
+    def n_ssm(self) -> int:
+        return count(self.ssm)
+
+    @property
+    def is_full(self) -> bool:
+        """Both branches see every token."""
+        everything = joined([(0, self.n_tokens)])
+        return self.attn == everything and self.ssm == everything
+
+    @property
+    def is_partition(self) -> bool:
+        """Each token is in exactly one branch."""
+        return self.ssm == complement(self.attn, self.n_tokens)
+
+    def gather_attn(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, n_attn, D), in sequence order; a view when the tokens are contiguous."""
+        return _gather(x, self.attn)
+
+    def gather_ssm(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, n_ssm, D), in sequence order; a view when the tokens are contiguous."""
+        return _gather(x, self.ssm)
+
+    def merge(self, y_attn: Tensor, y_ssm: Tensor) -> Tensor:
+        """(B, n_attn, D) and (B, n_ssm, D) -> (B, T, D): put the tokens back in sequence order.
+
+        Raises:
+            ValueError: the branches overlap, so a token would have two outputs.
+        """
+        if not self.is_partition:
+            raise ValueError("merge needs a split in which each token has exactly one branch")
+        if not self.attn:
+            return y_ssm
+        if not self.ssm:
+            return y_attn
+        first, second = _pieces(y_attn, self.attn), _pieces(y_ssm, self.ssm)
+        if self.ssm[0][0] == 0:
+            first, second = second, first
+        # Touching ranges are one, so the branches' pieces alternate; the first branch may have one more.
+        pieces = [piece for pair in zip(first, second, strict=False) for piece in pair] + first[len(second) :]
+        return torch.cat(pieces, dim=1)  # (B, T, D)
+
+    def positions_attn(self, device: torch.device | str | None = None) -> Tensor:
+        """(n_attn,) long: where in the sequence the attention branch's tokens stand (for rotary embeddings)."""
+        if not self.attn:
+            return torch.empty(0, dtype=torch.long, device=device)
+        pieces = [torch.arange(start, stop, device=device) for start, stop in self.attn]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+class Split(ABC):
+    """Base of the strategies; a subclass gives :meth:`attention_ranges`, the rest goes to the SSM branch.
+
+    Args:
+        window: route a sequence as repetitions of the routing of ``window`` tokens, so that a token's branch depends
+            on its absolute position alone, whatever the length (costs are then balanced at ``window`` tokens).
+            ``None``: the routing is proportional to the actual length, as published, so the same prefix is routed
+            differently at another length.
+
+    Raises:
+        UserError: ``window`` is not a positive integer.
+    """
+
+    full = False  # both branches see all tokens; decides the shape of the fusion
+    flop_balanced = False  # promises the integer cut with the least difference between the branches' FLOPs
+
+    def __init__(self, *, window: int | None = None) -> None:
+        if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+            raise UserError(f"split.window={window} must be null or a positive number of tokens")
+        self.window = window
+        self._cache: dict[tuple[int, int, BranchCost], TokenSplit] = {}
+
+    @abstractmethod
+    def attention_ranges(self, n_tokens: int, layer_idx: int, cost: BranchCost) -> Ranges:
+        """Ascending half-open ranges of the tokens that block ``layer_idx`` (from 0) sends to attention."""
+
+    def ssm_ranges(self, attn: Ranges, n_tokens: int) -> Ranges:
+        """The SSM branch's ranges; every token that attention does not see unless a strategy says otherwise."""
+        return complement(attn, n_tokens)
+
+    def __call__(self, n_tokens: int, layer_idx: int, cost: BranchCost) -> TokenSplit:
+        """Routing of ``n_tokens`` tokens in block ``layer_idx``. Cached: forward passes ask again and again."""
+        if torch.compiler.is_compiling():  # the trace computes it once; it must not reach into the cache
+            return self._route(n_tokens, layer_idx, cost)
+        key = (n_tokens, layer_idx, cost)
+        if key not in self._cache:
+            self._cache[key] = self._route(n_tokens, layer_idx, cost)
+        return self._cache[key]
+
+    def _route(self, n_tokens: int, layer_idx: int, cost: BranchCost) -> TokenSplit:
+        period = self.window or n_tokens
+        pattern = joined(self.attention_ranges(period, layer_idx, cost))
+        attn = joined(
+            (offset + start, min(offset + stop, n_tokens))
+            for offset in range(0, n_tokens, period or 1)
+            for start, stop in pattern
+            if offset + start < n_tokens
+        )
+        return TokenSplit(n_tokens, attn, self.ssm_ranges(attn, n_tokens))
+
+    def __getstate__(self) -> dict[str, object]:
+        # The cache is keyed by modules' bound methods: a copy or a pickle starts with an empty one.
+        return {**self.__dict__, "_cache": {}}

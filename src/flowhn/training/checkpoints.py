@@ -1,0 +1,204 @@
+"""Checkpoint files that are either whole or not there.
+
+``step-00000120.ckpt`` is written to a temporary name in the same folder, flushed to disk and renamed; then, in the
+same way, ``step-00000120.json``: its manifest with SHA-256, size, step and run id. A checkpoint counts only with a
+manifest whose hash fits, so a file torn by a kill, a full disk or a failing one is recognised, named and skipped, and
+the one before is used.
+Files are read with ``torch.load(weights_only=True)``: tensors and plain containers, nothing that could run code.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from flowhn.errors import UserError
+
+STATE_KEY = "flowhn"  # our own part of a checkpoint: step, samples_seen, run_id, random states, ...
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class CheckpointSearch:
+    """A folder's newest whole checkpoint (None: there is none) and, newest first, the skipped ones with the reason."""
+
+    path: Path | None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """File of the checkpoint after optimiser step ``step``."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def manifest_path(path: Path) -> Path:
+    """The manifest beside a checkpoint file."""
+    return path.with_suffix(".json")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _steps(folder: Path) -> dict[int, Path]:
+    found = {}
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if match := _NAME.fullmatch(path.name):
+                found[int(match[1])] = path
+    return dict(sorted(found.items(), reverse=True))
+
+
+def _fault(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The manifest of a checkpoint and what is wrong with the pair; the reason is None when it is whole."""
+    try:
+        manifest = json.loads(manifest_path(path).read_text(encoding="utf-8"))
+        size, digest = manifest["bytes"], manifest["sha256"]
+    except FileNotFoundError:
+        return {}, "its manifest is missing, so writing it was interrupted"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {}, f"its manifest cannot be read ({type(error).__name__})"
+    try:
+        if path.stat().st_size != size:
+            return manifest, f"it has {path.stat().st_size} bytes instead of {size}"
+        if sha256_of(path) != digest:
+            return manifest, "its content does not match its hash"
+    except OSError as error:
+        return manifest, f"it cannot be read ({error.strerror})"
+    return manifest, None
+
+
+def latest_valid_checkpoint(folder: Path) -> CheckpointSearch:
+    """Find the newest checkpoint of a folder whose hash fits; the folder may be missing."""
+    skipped = []
+    for path in _steps(folder).values():
+        manifest, reason = _fault(path)
+        if reason is None:
+            return CheckpointSearch(path, manifest, skipped)
+        skipped.append((path, reason))
+    return CheckpointSearch(None, {}, skipped)
+
+
+def prune(folder: Path, *, newest: int, keep: int) -> None:
+    """Keep the ``keep`` newest checkpoints up to step ``newest`` and delete every other, with what kills left behind.
+
+    Steps above ``newest`` are files that were skipped when the run resumed before them.
+    """
+    steps = [step for step, path in _steps(folder).items() if step <= newest and manifest_path(path).exists()]
+    names = {checkpoint_path(folder, step).stem for step in steps[:keep]}
+    for path in folder.glob("step-*"):
+        if path.name.split(".")[0] not in names or path.name.endswith(".tmp"):
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def write_durably(path: Path, write: Any) -> None:
+    """Call ``write(file)`` on a temporary file beside ``path``, flush it to disk and rename it to ``path``.
+
+    Raises:
+        UserError: no space, no permission, a read-only disk. Nothing is left behind and ``path`` is as before.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        with suppress(OSError):
+            temporary.unlink()
+        # torch's zip writer reports a failed write as RuntimeError; the file system tells the cause
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error)
+        if not full and not isinstance(error, OSError):
+            raise
+        what = "no space is left on the disk" if full else error.strerror or type(error).__name__
+        raise UserError(f"{path} cannot be written: {what}; free space or set output_dir= to another disk") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut; Windows cannot open folders and does without."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def write_json_durably(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a small JSON file, atomically and flushed."""
+    text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+    write_durably(path, lambda file: file.write(text.encode()))
+
+
+class AtomicCheckpointIO(CheckpointIO):
+    """Lightning's checkpoint plugin for the files described at the top of this module."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write ``path`` and its manifest.
+
+        Raises:
+            UserError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        path = Path(path)
+        with suppress(FileNotFoundError):  # an old manifest must not vouch for the new file
+            manifest_path(path).unlink()
+        write_durably(path, lambda file: torch.save(checkpoint, file))
+        own = checkpoint.get(STATE_KEY, {})
+        write_json_durably(
+            manifest_path(path),
+            {
+                "sha256": sha256_of(path),
+                "bytes": path.stat().st_size,
+                "step": own.get("step"),
+                "samples_seen": own.get("samples_seen"),
+                "run_id": own.get("run_id"),
+            },
+        )
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint after checking its hash, always with ``weights_only=True`` and onto the CPU by default.
+
+        Raises:
+            UserError: missing, torn, or holding anything but tensors and plain containers.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"the checkpoint {path} does not exist")
+        _, reason = _fault(path)
+        if reason is not None:
+            raise UserError(f"the checkpoint {path} cannot be used: {reason}; delete it to go on from the one before")
+        try:
+            return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+            raise UserError(f"the checkpoint {path} does not hold plain tensors and numbers; delete it") from error
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint and its manifest."""
+        for name in (manifest_path(Path(path)), Path(path)):
+            with suppress(FileNotFoundError):
+                name.unlink()

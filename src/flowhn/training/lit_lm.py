@@ -1,0 +1,139 @@
+"""The LightningModule: a plain network with the next-token loss, its optimiser and its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+
+from flowhn.errors import UserError
+from flowhn.training.optim import build_optimizer, build_schedule
+
+IGNORE = -100  # label of a position that does not count in the loss
+_EVAL_CHUNK_TOKENS = 8192  # bounds the validation logits: 8192 x 65,536 x 4 bytes = 2 GiB
+
+
+def token_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Mean next-token cross-entropy in nats over the labels that count.
+
+    The logits stay in the compute dtype (bf16 under autocast); softmax and loss are fp32. One function, so that
+    ``torch.compile`` fuses cast, softmax and loss and never stores the fp32 logits.
+
+    Args:
+        hidden: (B, T, D); weight: (V, D); bias: (V,) or None; labels: (B, T), ``IGNORE`` where no loss.
+
+    Returns:
+        Scalar, fp32 (fp64 for fp64 inputs).
+    """
+    logits = F.linear(hidden, weight, bias).flatten(0, 1)  # (B * T, V)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE)
+
+
+class LitLM(LightningModule):
+    """Trains a :class:`flowhn.models.CausalLM` (or anything with ``body``, ``lm_head``, ``layers`` and ``flops``).
+
+    Args:
+        net: the network; ``net.body(input_ids (B, T)) -> (B, T, D)``.
+        optimizer: ``{name: adamw, lr, betas, weight_decay, eps}``, see :mod:`flowhn.training.optim`.
+        schedule: ``{warmup_fraction, min_lr_ratio, total_steps}``, in optimiser steps.
+        compile: compile every block of ``net.layers`` and the loss with static shapes. Blocks are compiled in place, so
+            the names in the state dict do not change. Validation runs eagerly: it would need a second compilation
+            of every block, which costs more than the few validation batches.
+    """
+
+    def __init__(
+        self, *, net: nn.Module, optimizer: Mapping[str, Any], schedule: Mapping[str, Any], compile: bool = False
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.optimizer_config = dict(optimizer)
+        self.schedule_config = dict(schedule)
+        self.compiles = compile
+        self.val_mean = MeanMetric(nan_strategy="disable")  # a NaN must be seen, not dropped
+        self._loss = token_loss
+        self._compiled = False
+
+    def configure_model(self) -> None:
+        """Compile the blocks once. Lightning calls this before each fit and validation."""
+        if not self.compiles or self._compiled:
+            return
+        # Blocks of one class share their code object, and FAC's split differs by block: the default of eight
+        # specialisations would silently leave the later blocks of a deep model eager.
+        limit = 8 + 4 * len(self.net.layers)
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, limit)
+        torch._dynamo.config.accumulated_recompile_limit = max(
+            torch._dynamo.config.accumulated_recompile_limit, 8 * limit
+        )
+        for block in self.net.layers:
+            block.compile(dynamic=False)
+        self._loss = torch.compile(token_loss, dynamic=False)
+        self._compiled = True
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) token ids to (B, T, V) logits."""
+        return self.net(input_ids)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Loss of one micro-batch ``{input_ids (B, T), labels (B, T)}``."""
+        hidden = self.net.body(batch["input_ids"])  # (B, T, D)
+        head = self.net.lm_head
+        loss = self._loss(hidden, head.weight, getattr(head, "bias", None), batch["labels"])
+        return {"loss": loss, "loss_value": loss.detach()}
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_mean.reset()
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Add one batch to the token-weighted mean loss; the logits are made in bounded pieces."""
+        labels = batch["labels"]  # (B, T)
+        head = self.net.lm_head
+        rows = max(1, _EVAL_CHUNK_TOKENS // max(1, labels.shape[1]))
+        with torch.compiler.set_stance("force_eager") if self._compiled else nullcontext():
+            hidden = self.net.body(batch["input_ids"])  # (B, T, D)
+            for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
+                count = (target != IGNORE).sum()
+                loss = token_loss(part, head.weight, getattr(head, "bias", None), target)
+                # a piece without any label has a 0/0 loss and weight 0
+                self.val_mean.update(torch.where(count > 0, loss, torch.zeros_like(loss)), count.to(loss.dtype))
+
+    def validation_loss(self) -> float:
+        """Token-weighted mean over the batches seen since the validation began, over all ranks, in nats per token."""
+        return float(self.val_mean.compute())
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.net, self.optimizer_config)
+        scheduler = build_schedule(optimizer, self.schedule_config)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the global norm with torch; Lightning's mixed-precision plugin refuses to clip for fused optimisers."""
+        if gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another model in one sentence before torch lists every difference.
+
+        Raises:
+            UserError: names or shapes differ from this network's.
+        """
+        mine = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint.get("state_dict", {}).items()}
+        if mine != theirs:
+            name = min(set(mine.items()) ^ set(theirs.items()))[0]
+            raise UserError(
+                f"the checkpoint belongs to another model ({name} is {theirs.get(name, 'missing')} there and "
+                f"{mine.get(name, 'missing')} here); set output_dir= to a new folder or use --force"
+            )

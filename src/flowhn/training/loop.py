@@ -1,0 +1,244 @@
+"""``fit``: one training run with Lightning, from wherever it stopped to its last step."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import seed_everything as lightning_seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import Logger
+
+from flowhn.errors import UserError
+from flowhn.training.checkpoints import AtomicCheckpointIO, latest_valid_checkpoint
+from flowhn.training.curves import CurveRecorder
+from flowhn.training.hardware import Hardware
+from flowhn.training.interrupts import Stopped, StopRequest
+from flowhn.training.resume import CheckpointKeeper
+from flowhn.training.steps import TRAINER_OPTIONS, ValidationSchedule
+from flowhn.training.throughput import ThroughputMonitor
+
+CHECKPOINTS = "checkpoints"  # folder inside a run's folder
+_TRAIN_POINTS = 500  # of a run's curve when trainer.log_every is null
+_LOG_EVERY_CUDA = 10  # reading a loss waits for the GPU
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a run produced; fields as in the run record.
+
+    Attributes:
+        curves: ``{"train": [[tokens, loss]], "val": [[tokens, loss, seconds]]}``.
+        throughput, memory: see :class:`~flowhn.training.throughput.ThroughputMonitor`.
+        resumed: how often the run went on from a checkpoint.
+        wall_seconds: time spent in ``fit`` over all resumes, without what was lost to kills.
+        train_seconds: of these, training proper.
+        steps: optimiser steps done.
+        skipped: checkpoints that were not usable, with the reason.
+    """
+
+    curves: dict[str, list[list[float]]]
+    throughput: dict[str, Any]
+    memory: dict[str, Any]
+    resumed: int
+    wall_seconds: float
+    train_seconds: float
+    steps: int
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy, torch and the loader workers."""
+    with _quiet():
+        lightning_seed_everything(seed, workers=True, verbose=False)
+
+
+def fit(
+    lit: LightningModule,
+    datamodule: LightningDataModule,
+    *,
+    hardware: Hardware,
+    trainer_cfg: Mapping[str, Any],
+    total_steps: int,
+    tokens_per_step: int,
+    seq_len: int,
+    run_dir: Path,
+    run_id: str = "",
+    accumulate: int = 1,
+    val_steps: Sequence[int] = (),
+    clip_grad_norm: float | None = None,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+    on_progress: Callable[[int, int, float | None, float | None], None] | None = None,
+    say: Callable[[str], None] | None = None,
+) -> FitResult:
+    """Train to ``total_steps`` optimiser steps, going on from the newest whole checkpoint in ``run_dir/checkpoints``.
+
+    On the CPU a run stopped at any moment and called again ends with the same losses and weights, bit for bit.
+
+    Args:
+        lit: the module, with ``net.flops(n_tokens)`` for MFU.
+        datamodule: serves micro-batches and has ``set_start(samples_seen)``.
+        hardware: from :func:`~flowhn.training.hardware.resolve_hardware`.
+        trainer_cfg: the ``trainer`` part of the config, see ``configs/trainer/auto.yaml``.
+        tokens_per_step: tokens of one optimiser step over all devices.
+        accumulate: micro-batches of one optimiser step on one device.
+        val_steps: optimiser steps after which to validate; empty: never.
+        on_progress: called about four times a second with (step, total_steps, tokens/s, latest train loss).
+        say: called with one line for each event worth telling (a skipped checkpoint, a resume).
+
+    Raises:
+        UserError: a checkpoint of another run, a full disk, a loss that is not finite, too little device memory.
+        KeyboardInterrupt, SystemExit(143): after SIGINT, SIGTERM, with a checkpoint of the last finished step written.
+    """
+    say = say or (lambda text: None)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    folder = run_dir / CHECKPOINTS
+    search = latest_valid_checkpoint(folder)
+    for path, reason in search.skipped:
+        say(f"skipped the checkpoint {path}: {reason}")
+    if search.path is not None:
+        say(f"going on from {search.path}")
+    stop = StopRequest()
+    throughput = _throughput(lit, trainer_cfg.get("throughput") or {}, total_steps, tokens_per_step, seq_len)
+    recorder = CurveRecorder(
+        tokens_per_step=tokens_per_step,
+        log_every=_log_every(trainer_cfg.get("log_every"), total_steps, hardware),
+        total_steps=total_steps,
+        throughput=throughput,
+        on_progress=on_progress,
+    )
+    schedule = ValidationSchedule(steps=val_steps, is_done=recorder.has_validation)
+    keeping = trainer_cfg.get("checkpoint") or {}
+    keeper = CheckpointKeeper(
+        folder=folder,
+        run_id=run_id,
+        samples_per_step=tokens_per_step // seq_len,
+        every_n_steps=keeping.get("every_n_steps"),
+        seconds=keeping.get("seconds"),
+        keep=keeping.get("keep", 2),
+        schedule=schedule,
+        throughput=throughput,
+        stop=stop,
+    )
+    with _quiet(), stop:
+        trainer = _trainer(
+            hardware,
+            trainer_cfg,
+            max_steps=total_steps,
+            default_root_dir=run_dir,
+            accumulate_grad_batches=accumulate,
+            gradient_clip_val=clip_grad_norm,
+            logger=list(loggers) or False,
+            limit_val_batches=None if val_steps else 0,
+            callbacks=[throughput, recorder, schedule, *callbacks, keeper],
+        )
+        _run(trainer, lit, datamodule, search.path, schedule, stop)
+    return FitResult(
+        curves=recorder.curves(),
+        throughput=throughput.result(),
+        memory=throughput.memory(),
+        resumed=keeper.resumed,
+        wall_seconds=keeper.wall_seconds(),
+        train_seconds=throughput.elapsed(),
+        steps=trainer.global_step,
+        skipped=search.skipped,
+    )
+
+
+def _run(
+    trainer: Trainer,
+    lit: LightningModule,
+    datamodule: LightningDataModule,
+    checkpoint: Path | None,
+    schedule: ValidationSchedule,
+    stop: StopRequest,
+) -> None:
+    try:
+        trainer.fit(lit, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        if schedule.is_missing(trainer.global_step):  # stopped between the last step and its validation
+            trainer.validate(lit, datamodule=datamodule, verbose=False)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device ran out of memory; lower micro_batch_size= (the global batch stays the same)"
+        ) from error
+    except UserError:
+        raise
+    except BaseException as error:
+        # Lightning turns KeyboardInterrupt into SystemExit(1), and raises its own exception on SIGTERM; whatever the
+        # loop or a loader worker raised after a signal, the caller gets the signal's usual meaning.
+        if stop.requested or isinstance(error, Stopped):
+            stop.raise_for_caller()
+        raise
+
+
+def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Callback], **options: Any) -> Trainer:
+    num_nodes = cfg.get("num_nodes", 1)
+    bar = [RichProgressBar()] if cfg.get("progress_bar") else []
+    return Trainer(
+        accelerator=hardware.accelerator,
+        devices=hardware.n_devices // num_nodes,
+        num_nodes=num_nodes,
+        strategy=cfg.get("strategy", "auto"),
+        precision=hardware.precision,
+        deterministic=cfg.get("deterministic", False),
+        max_epochs=-1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
+        callbacks=[*bar, *callbacks],
+        plugins=[AtomicCheckpointIO()],
+        enable_progress_bar=bool(bar),
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **TRAINER_OPTIONS,
+        **options,
+    )
+
+
+def _throughput(
+    lit: LightningModule, cfg: Mapping[str, Any], total_steps: int, tokens_per_step: int, seq_len: int
+) -> ThroughputMonitor:
+    """Windows as configured; a short run has a shorter warm-up and shorter windows rather than none."""
+    warmup = min(cfg.get("warmup_steps", 5), max(1, total_steps // 3))
+    window = min(cfg.get("window_steps", 10), max(1, (total_steps - warmup) // 3))
+    return ThroughputMonitor(
+        tokens_per_step=tokens_per_step,
+        flops_per_token=3 * lit.net.flops(seq_len) / seq_len,  # the backward pass costs twice the forward pass
+        warmup_steps=warmup,
+        window_steps=window,
+        peak=cfg.get("peak_flops"),
+    )
+
+
+def _log_every(configured: int | None, total_steps: int, hardware: Hardware) -> int:
+    if configured is not None:
+        if configured < 1:
+            raise UserError(f"trainer.log_every={configured} must be at least 1")
+        return configured
+    least = _LOG_EVERY_CUDA if hardware.device.type == "cuda" else 1
+    return max(least, total_steps // _TRAIN_POINTS)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Lightning's banners, tips and hints about loader workers away from the display; errors still show."""
+    names = ("lightning.pytorch", "lightning.fabric", "lightning", "lightning_utilities")
+    levels = {name: logging.getLogger(name).level for name in names}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning(\.|$)")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*treespec.*")
+        for name in names:
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -1,0 +1,202 @@
+"""When checkpoints are written, what they hold beside Lightning's state, and how a run goes on from one.
+
+Design: checkpoints are taken only right after an optimiser step, with no gradient pending. Lightning's loop progress
+is thrown away on saving: a resumed run is a fresh fit whose optimiser-step counter starts at the checkpoint's step
+and whose data module starts at the checkpoint's sample. Restoring the progress instead makes Lightning count the
+batches of the shortened loader twice, end accumulation early, and skip or repeat validations.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from flowhn.errors import UserError
+from flowhn.training.checkpoints import STATE_KEY, checkpoint_path, prune, write_json_durably
+from flowhn.training.interrupts import Stopped, StopRequest
+from flowhn.training.steps import StepCallback, ValidationSchedule
+from flowhn.training.throughput import ThroughputMonitor
+
+_RESUMES = "resumes.json"
+_RANKS_AGREE_EVERY = 10  # steps between the ranks' votes on a timed checkpoint or a signal
+
+
+def random_state() -> dict[str, Any]:
+    """State of every generator (python, numpy, torch, CUDA) in types that ``weights_only`` loading accepts."""
+    version, values, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(values), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Undo what happened to the generators since :func:`random_state`; CUDA only with the same number of devices."""
+    version, values, gauss = state["python"]
+    random.setstate((version, tuple(values), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class CheckpointKeeper(StepCallback, Checkpoint):
+    """Writes checkpoints, restores what Lightning does not, and honours stop requests.
+
+    As a :class:`~lightning.pytorch.callbacks.Checkpoint` it runs after all other callbacks, whose state is then
+    complete.
+
+    Args:
+        folder: where the checkpoints lie.
+        run_id: names the configuration; a checkpoint of another one is refused. Empty: not checked.
+        samples_per_step: sequences of one optimiser step over all devices.
+        micro_batches: micro-batches of one optimiser step on one device.
+        every_n_steps, seconds: write when either has passed since the last one; None switches it off.
+        keep: checkpoints kept.
+        schedule, throughput, stop: the run's other parts that this one works with.
+    """
+
+    def __init__(
+        self,
+        *,
+        folder: Path,
+        run_id: str,
+        samples_per_step: int,
+        every_n_steps: int | None,
+        seconds: float | None,
+        keep: int,
+        schedule: ValidationSchedule,
+        throughput: ThroughputMonitor,
+        stop: StopRequest,
+    ) -> None:
+        if keep < 1:
+            raise UserError(f"trainer.checkpoint.keep={keep} must be at least 1")
+        self.folder = folder
+        self.run_id = run_id
+        self.samples_per_step = samples_per_step
+        self.every_n_steps = every_n_steps
+        self.seconds = seconds
+        self.keep = keep
+        self.resumed = 0
+        self._schedule = schedule
+        self._throughput = throughput
+        self._stop = stop
+        self._begun = time.monotonic()
+        self._earlier_seconds = 0.0
+        self._saved_step: int | None = None
+        self._saved_at = time.monotonic()
+        self._random_state: dict[str, Any] | None = None  # of the loaded checkpoint
+        self._before_validation: dict[str, Any] | None = None
+
+    def wall_seconds(self) -> float:
+        """Seconds spent in this run, over all resumes, up to now."""
+        return self._earlier_seconds + time.monotonic() - self._begun
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Continue at the checkpoint's step and sample.
+
+        Raises:
+            UserError: a checkpoint of another configuration or another program.
+        """
+        own = checkpoint.get(STATE_KEY)
+        if not isinstance(own, dict):
+            raise UserError(f"the checkpoint in {self.folder} was not written by flowhn; move it away")
+        if self.run_id and own["run_id"] != self.run_id:
+            raise UserError(
+                f"the checkpoint in {self.folder} belongs to another configuration ({own['run_id']}, this is "
+                f"{self.run_id}); set output_dir= to a new folder or use --force"
+            )
+        step = int(own["step"])
+        epoch_loop = trainer.fit_loop.epoch_loop
+        progress = epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        progress.ready = progress.completed = step  # trainer.global_step
+        epoch_loop._batches_that_stepped = step  # the loggers' step
+        trainer.datamodule.set_start(int(own["samples_seen"]))
+        self._earlier_seconds = float(own["wall_seconds"])
+        self._random_state = own["random_state"]
+        self._saved_step = step
+        self.resumed = max(int(own["resumed"]), self._resumes_on_disk()) + 1
+        if trainer.is_global_zero:
+            # Beside the checkpoint: a run killed again before its next checkpoint was resumed all the same.
+            write_json_durably(self.folder / _RESUMES, {"resumed": self.resumed})
+
+    def _resumes_on_disk(self) -> int:
+        try:
+            return int(json.loads((self.folder / _RESUMES).read_text())["resumed"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint.pop("loops", None)
+        checkpoint[STATE_KEY] = {
+            "step": trainer.global_step,
+            "samples_seen": trainer.global_step * self.samples_per_step,
+            "run_id": self.run_id,
+            "resumed": self.resumed,
+            "wall_seconds": self.wall_seconds(),
+            # a validation that is stopped halfway is repeated as a whole, with the numbers its loader draws
+            "random_state": self._before_validation if trainer.validating else random_state(),
+        }
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._random_state is not None:  # the loaders were built by now and may have drawn numbers
+            set_random_state(self._random_state)
+            self._random_state = None
+        self._before_validation = random_state()
+        self._schedule.make_up(trainer)
+        self._saved_at = time.monotonic()
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        self._stop_if_asked(trainer, step)
+        if step in self._schedule.steps:
+            self._before_validation = random_state()
+        due = self.every_n_steps is not None and step % self.every_n_steps == 0
+        late = self.seconds is not None and time.monotonic() - self._saved_at >= self.seconds
+        if due or self._agreed(trainer, late, step):
+            self.save(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        # The validation at hand is then missing from the curve, and is made up for on resume.
+        self._stop_if_asked(trainer, trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What comes after training (evaluation, the record) can be killed without losing it."""
+        self._saved_step = None  # a checkpoint of this very step may lack the last validation
+        self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint of the present step unless there is one, then delete the old ones."""
+        step = trainer.global_step
+        if step != self._saved_step:
+            with self._throughput.paused():
+                trainer.save_checkpoint(checkpoint_path(self.folder, step))
+                if trainer.is_global_zero:
+                    prune(self.folder, newest=step, keep=self.keep)
+        self._saved_step, self._saved_at = step, time.monotonic()
+
+    def _stop_if_asked(self, trainer: Trainer, step: int) -> None:
+        if self._agreed(trainer, self._stop.requested, step):
+            if trainer.state.fn == TrainerFn.FITTING:
+                self.save(trainer)
+            raise Stopped
+
+    @staticmethod
+    def _agreed(trainer: Trainer, wish: bool, step: int) -> bool:
+        """One rank's wish is done by all, at the same step; a single process just does it."""
+        if trainer.world_size == 1:
+            return wish
+        return step % _RANKS_AGREE_EVERY == 0 and trainer.strategy.reduce_boolean_decision(wish, all=False)
