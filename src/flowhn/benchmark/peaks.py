@@ -57,6 +57,8 @@ _PEAKS: tuple[tuple[tuple[str, ...], float | None, float | None, float | None, f
     (("mi300x",), 1307.4, 1307.4, 653.7, 163.4),
     (("mi325x",), 1307.4, 1307.4, 653.7, 163.4),
 )
+# Words that make another, usually slower, product of the same number ("RTX 4090 Laptop GPU", "RTX 4080 SUPER").
+_VARIANTS = {"laptop", "max", "super", "ti", "d", "mobile", "ada"}
 _COLUMNS = {"bf16": 0, "fp16": 1, "tf32": 2, "fp32": 3}
 _MATMUL_SIZE = 1024
 _MATMUL_SECONDS = 0.25
@@ -75,9 +77,9 @@ def datasheet_peak(name: str, dtype: str) -> float | None:
     """Dense peak in FLOP/s of a device by its name as the driver gives it, or None where the table has none."""
     if dtype not in _COLUMNS:
         raise UserError(f"dtype={dtype} has no peak column; choose one of {', '.join(_COLUMNS)}")
-    words = name.lower().replace("-", " ").replace("_", " ").split()
+    words = set(name.lower().replace("-", " ").replace("_", " ").split())
     for needed, *figures in _PEAKS:
-        if all(word in words for word in needed):
+        if words.issuperset(needed) and not (words & _VARIANTS).difference(needed):
             teraflops = figures[_COLUMNS[dtype]]
             return None if teraflops is None else teraflops * 1e12
     return None

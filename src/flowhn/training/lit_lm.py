@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MeanMetric
+from torchmetrics import SumMetric
 
 from flowhn.errors import UserError
 from flowhn.training.optim import build_optimizer, build_schedule
@@ -57,7 +57,9 @@ class LitLM(LightningModule):
         self.optimizer_config = dict(optimizer)
         self.schedule_config = dict(schedule)
         self.compiles = compile
-        self.val_mean = MeanMetric(nan_strategy="disable")  # a NaN must be seen, not dropped
+        # Sums over batches and ranks. Not MeanMetric: it drops NaNs, or (told not to) the weights with them.
+        self.val_sum = SumMetric(nan_strategy="disable")
+        self.val_tokens = SumMetric(nan_strategy="disable")
         self._loss = token_loss
         self._compiled = False
 
@@ -89,7 +91,8 @@ class LitLM(LightningModule):
         return {"loss": loss, "loss_value": loss.detach()}
 
     def on_validation_epoch_start(self) -> None:
-        self.val_mean.reset()
+        self.val_sum.reset()
+        self.val_tokens.reset()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Add one batch to the token-weighted mean loss; the logits are made in bounded pieces."""
@@ -101,12 +104,13 @@ class LitLM(LightningModule):
             for part, target in zip(hidden.split(rows), labels.split(rows), strict=True):
                 count = (target != IGNORE).sum()
                 loss = token_loss(part, head.weight, getattr(head, "bias", None), target)
-                # a piece without any label has a 0/0 loss and weight 0
-                self.val_mean.update(torch.where(count > 0, loss, torch.zeros_like(loss)), count.to(loss.dtype))
+                # a piece without any label has a loss of 0/0
+                self.val_sum.update(torch.where(count > 0, loss * count, torch.zeros_like(loss)))
+                self.val_tokens.update(count)
 
     def validation_loss(self) -> float:
         """Token-weighted mean over the batches seen since the validation began, over all ranks, in nats per token."""
-        return float(self.val_mean.compute())
+        return float(self.val_sum.compute() / self.val_tokens.compute())
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = build_optimizer(self.net, self.optimizer_config)
