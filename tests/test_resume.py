@@ -192,7 +192,9 @@ def test_resume_is_counted_when_killed_before_the_next_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     ("signum", "expected"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)], ids=["int", "term"]
 )
-@pytest.mark.parametrize(("hook", "calls"), [("train", 8), ("validation", 2), ("validation", 9)])
+@pytest.mark.parametrize(
+    ("hook", "calls"), [("train", 1), ("train", 8), ("validation", 2), ("validation", 9), ("end", 1)]
+)
 def test_signal_saves_the_last_step(tmp_path, whole, signum, expected, hook, calls):
     class Signal(KillAt):
         def _count(self, hook: str) -> None:
@@ -207,8 +209,8 @@ def test_signal_saves_the_last_step(tmp_path, whole, signum, expected, hook, cal
     if expected is SystemExit:
         assert stopped.value.code == 143
     assert signal.getsignal(signum) == before
-    step = {8: 4, 2: 3, 9: 9}[calls]
-    assert latest_valid_checkpoint(tmp_path / "checkpoints").manifest["step"] == step
+    step = {("train", 1): None, ("train", 8): 4, ("validation", 2): 3}.get((hook, calls), 9)
+    assert latest_valid_checkpoint(tmp_path / "checkpoints").manifest.get("step") == step
     assert_same(whole, run(tmp_path, every=None))
 
 

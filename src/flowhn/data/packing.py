@@ -59,9 +59,10 @@ class RowWriter:
         self._stream.write_batch(pa.record_batch(columns, schema=self._schema))
 
     def close(self) -> None:
-        """Finish the file."""
-        self._stream.close()
-        self._file.close()
+        """Finish the file; calling it again is harmless."""
+        if not self._file.closed:
+            self._stream.close()
+            self._file.close()
 
 
 def packed_rows(chunks: Iterable[np.ndarray], seq_len: int) -> Iterator[np.ndarray]:

@@ -15,12 +15,16 @@ class Stopped(BaseException):
 class StopRequest:
     """Context manager that turns SIGINT and SIGTERM into a request, which training honours after the step at hand.
 
+    Until ``defers`` is set, which the first finished step does, there is nothing to save and a signal acts at once,
+    also in a compilation that takes minutes.
+
     A second SIGINT raises KeyboardInterrupt at once. Outside the main thread, where Python allows no handlers, it
     does nothing.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.defers = False
         self._previous: dict[int, Any] = {}
 
     @property
@@ -40,9 +44,10 @@ class StopRequest:
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if signum == signal.SIGINT and self.signum == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = signum == signal.SIGINT and self.signum == signal.SIGINT
         self.signum = signum
+        if again or not self.defers:
+            self.raise_for_caller()
 
     def raise_for_caller(self) -> None:
         """Raise what the signal means to a caller: KeyboardInterrupt, or SystemExit with 128 + the signal's number."""

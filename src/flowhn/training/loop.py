@@ -177,6 +177,7 @@ def _run(
         if stop.requested or isinstance(error, Stopped):
             stop.raise_for_caller()
         raise
+    stop.raise_for_caller()  # a signal after the last step; its checkpoint is written
 
 
 def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Callback], **options: Any) -> Trainer:
@@ -235,6 +236,7 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", category=UserWarning, module=r"lightning(\.|$)")
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*treespec.*")
+        warnings.filterwarnings("ignore", message=".*set_vital.*")  # torchdata's stateful loader with torch 2.13
         for name in names:
             logging.getLogger(name).setLevel(logging.ERROR)
         try:

@@ -161,6 +161,7 @@ class CheckpointKeeper(StepCallback, Checkpoint):
         self._saved_at = time.monotonic()
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        self._stop.defers = True
         self._stop_if_asked(trainer, step)
         if step in self._schedule.steps:
             self._before_validation = random_state()

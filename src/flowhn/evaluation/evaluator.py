@@ -1,0 +1,170 @@
+"""One suite of lm-eval tasks, built once and asked of many models."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flowhn.errors import UserError
+from flowhn.evaluation.docs_tasks import write_docs_tasks
+from flowhn.evaluation.lm import FlowHNLM, Tokenizer
+from flowhn.evaluation.suites import DOCS_TASKS, chance, write_paper_task
+
+_BOOTSTRAP = 200  # resamples for the standard error of a perplexity; accuracies have a closed form
+
+
+class Evaluator:
+    """Builds the tasks and their requests at construction; :meth:`run` asks them of a model.
+
+    Building the seven real sets takes longer than answering them with a small model, so ten models share one evaluator.
+
+    Args:
+        suite: ``{name, tasks, data_dir, limit}`` of ``configs/eval/*.yaml``.
+        heldout_file: held-out documents for the tasks of ``eval=docs``.
+        work_dir: folder for generated task files; made anew.
+        seed: decides the questions of ``eval=docs``.
+
+    Raises:
+        UserError: a task or its data is missing.
+    """
+
+    def __init__(self, *, suite: Mapping[str, Any], heldout_file: Path | None, work_dir: Path, seed: int) -> None:
+        self.suite = dict(suite)
+        limit = self.suite.get("limit")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise UserError(f"eval.limit={limit} must be null or the number of questions of each task")
+        work_dir = Path(work_dir) / str(os.getpid())  # another process may evaluate the same suite
+        shutil.rmtree(work_dir, ignore_errors=True)
+        self._write_tasks(work_dir, heldout_file, seed)
+        with _quiet():
+            self._tasks = _load_tasks(work_dir, list(self.suite["tasks"]), self.suite.get("data_dir"))
+            for task in self._tasks.values():
+                size = min(limit, len(task.eval_docs)) if limit else None
+                task.build_all_requests(limit=size, rank=0, world_size=1)
+        shutil.rmtree(work_dir, ignore_errors=True)
+
+    def _write_tasks(self, folder: Path, heldout_file: Path | None, seed: int) -> None:
+        names = list(self.suite["tasks"])
+        if any(name in DOCS_TASKS for name in names):
+            if heldout_file is None:
+                raise UserError("eval=docs needs held-out text, which this data has not; set eval=none or eval=paper")
+            write_docs_tasks(heldout_file, folder, seed=seed)
+        data_dir = self.suite.get("data_dir")
+        for name in names:
+            if name not in DOCS_TASKS:
+                write_paper_task(name, folder, data_dir=Path(data_dir).expanduser() if data_dir else None)
+
+    def run(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        device: torch.device | str = "cpu",
+        max_length: int,
+        dtype: torch.dtype | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Answer every question.
+
+        Args:
+            model, tokenizer, device, max_length, dtype: see :class:`~flowhn.evaluation.lm.FlowHNLM`.
+            on_progress: called with (requests done, requests).
+
+        Returns:
+            ``{"tasks": {task: numbers}, "seconds": s}``. The numbers are lm-eval's (``acc``, ``acc_stderr``, ``acc_norm``,
+            ``acc_norm_stderr``, ``perplexity``, ``perplexity_stderr``, where the task has them), with ``n`` questions,
+            the accuracy of guessing as ``chance`` and ``correct``: for each accuracy, one 0 or 1 per question.
+        """
+        from lm_eval.evaluator import evaluate
+
+        begun = time.monotonic()
+        was_training = model.training
+        model.eval()
+        adapter = FlowHNLM(model, tokenizer, device=device, max_length=max_length, dtype=dtype, on_progress=on_progress)
+        with _quiet(), _keep_requests(self._tasks.values()):
+            out = evaluate(adapter, {"tasks": self._tasks, "groups": {}, "group_map": {}}, bootstrap_iters=_BOOTSTRAP)
+        model.train(was_training)
+        tasks = {name: _numbers(name, out["results"][name], out["samples"][name]) for name in self._tasks}
+        return {"tasks": tasks, "seconds": time.monotonic() - begun}
+
+
+def _load_tasks(folder: Path, names: list[str], data_dir: Any) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    try:
+        # Indexing all of lm-eval's tasks takes 17 s; the folder holds the few that are asked for.
+        return TaskManager(include_path=str(folder), include_defaults=False).load(names)["tasks"]
+    except Exception as error:  # datasets and the hub raise many classes for data that cannot be had or read
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if data_dir:
+            raise UserError(f"eval.data_dir={data_dir} has a file that lm-eval cannot read ({first})") from error
+        raise UserError(
+            f"the evaluation data cannot be had from the hub ({first}); give a folder with <task>.jsonl files as "
+            "eval.data_dir=, or set eval=docs or eval=none"
+        ) from error
+
+
+@contextlib.contextmanager
+def _keep_requests(tasks: Any) -> Iterator[None]:
+    """Let lm-eval take the requests that are there: each call of ``evaluate`` would build them again."""
+    tasks = list(tasks)
+    for task in tasks:
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+        task.build_all_requests = lambda **options: None
+    try:
+        yield
+    finally:
+        for task in tasks:
+            del task.build_all_requests
+
+
+def _numbers(name: str, results: Mapping[str, Any], samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"n": len(samples), "chance": chance(name)}
+    for key, value in results.items():
+        metric = key.removesuffix(",none")
+        if key.endswith(",none") and isinstance(value, int | float):
+            found[metric] = float(value)
+    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
+    found["correct"] = {
+        metric: "".join(str(int(sample[metric])) for sample in ordered)
+        for metric in ("acc", "acc_norm")
+        if ordered and metric in ordered[0]
+    }
+    return found
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's, datasets' and the hub's progress bars, prints and warnings; errors still come through."""
+    import datasets
+
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    levels = {name: logging.getLogger(name).level for name in ("lm_eval", "datasets", "huggingface_hub")}
+    multiprocessing = os.environ.get("DISABLE_MULTIPROC")
+    os.environ["DISABLE_MULTIPROC"] = (
+        "1"  # lm-eval's bootstrap starts a process per core for a tenth of a second's work
+    )
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if multiprocessing is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        if not bars:
+            datasets.enable_progress_bars()

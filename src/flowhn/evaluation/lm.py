@@ -1,0 +1,181 @@
+"""lm-eval's view of a model: log-likelihoods of continuations, of whole texts, and greedy generation.
+
+The conventions are those of lm-eval's own ``HFLM``: an empty context is the end-of-text token, texts that are too long lose
+their left end, padding is on the right. Two things differ, and neither changes a number: requests whose input is the same
+are computed once (several one-token answers to one question), and the LM head runs at the scored positions only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor, nn
+
+_BATCH_TOKENS = 8192  # of one forward pass: fills a laptop's caches, and a GPU well enough
+
+
+class Tokenizer(Protocol):
+    """What the adapter asks of a tokenizer."""
+
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+class FlowHNLM(TemplateLM):
+    """Adapter of a :class:`flowhn.models.CausalLM`.
+
+    Args:
+        model: has ``body(ids (B, T)) -> (B, T, D)`` and ``lm_head``. When its ``length_dependent`` is true (a FlowHN split
+            that is proportional to the length), padding would change which branch a real token takes, so only inputs of
+            one length share a batch.
+        tokenizer: ``encode``, ``decode`` and ``eos_id``.
+        device: where the model is.
+        max_length: longest input in tokens.
+        batch_tokens: padded tokens of one forward pass.
+        dtype: autocast to this type (``torch.bfloat16``); None computes in the model's own.
+        on_progress: called with (requests done, requests).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        *,
+        device: torch.device | str = "cpu",
+        max_length: int,
+        batch_tokens: int = _BATCH_TOKENS,
+        dtype: torch.dtype | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._tokenizer = tokenizer
+        self._torch_device = torch.device(device)
+        self.max_length = max_length
+        self._batch_tokens = batch_tokens
+        self._dtype = dtype
+        self._on_progress = on_progress or (lambda done, total: None)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return self._tokenizer.encode(string)
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    @torch.inference_mode()
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = True, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Sum of log-probabilities of each continuation, and whether greedy decoding would have given it."""
+        results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        by_input: dict[tuple[int, ...], list[int]] = {}
+        for index, (_, context, continuation) in enumerate(requests):
+            by_input.setdefault(tuple((context + continuation)[-(self.max_length + 1) :][:-1]), []).append(index)
+        done = 0
+        for inputs in self._batches(list(by_input)):
+            ids, lengths = self._pad(inputs)
+            with self._autocast():
+                hidden = self.model.body(ids)  # (B, T, D)
+            for row, key in enumerate(inputs):
+                for index in by_input[key]:
+                    target = requests[index][2][-lengths[row] :]
+                    results[index] = self._score(hidden[row, lengths[row] - len(target) : lengths[row]], target)
+                    done += 1
+            self._on_progress(done, len(requests))
+        return results
+
+    def _score(self, hidden: Tensor, target: Sequence[int]) -> tuple[float, bool]:
+        """``hidden`` (n, D) at the positions that predict the n tokens of ``target``."""
+        with self._autocast():
+            logits = self.model.lm_head(hidden)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)  # (n, V)
+        wanted = torch.tensor(target, device=hidden.device)
+        total = log_probs.gather(1, wanted[:, None]).sum()
+        greedy = (log_probs.argmax(dim=-1) == wanted).all()
+        return float(total), bool(greedy)
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihood of whole texts: disjoint windows of ``max_length`` with one token of context, as ``HFLM`` does."""
+        windows: list[tuple[Any, list[int], list[int]]] = []
+        owners: list[int] = []
+        for index, request in enumerate(requests):
+            pieces = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, pieces):
+                windows.append((None, context, continuation))
+                owners.append(index)
+        totals = [0.0] * len(requests)
+        for owner, (log_likelihood, _) in zip(owners, self._loglikelihood_tokens(windows), strict=True):
+            totals[owner] += log_likelihood
+        return totals
+
+    @torch.inference_mode()
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """Greedy continuation until a stop string, the end-of-text token or ``max_gen_toks`` (the prefix is recomputed)."""
+        results = []
+        for number, request in enumerate(requests, start=1):
+            context, options = request.args
+            until = options.get("until") or []
+            stops = [until] if isinstance(until, str) else list(until)
+            limit = int(options.get("max_gen_toks", 256))
+            ids = self.tok_encode(context) or [self.eot_token_id]
+            results.append(self._generate(ids, stops, limit))
+            self._on_progress(number, len(requests))
+        return results
+
+    def _generate(self, ids: list[int], stops: Sequence[str], limit: int) -> str:
+        made: list[int] = []
+        for _ in range(limit):
+            window = torch.tensor([(ids + made)[-self.max_length :]], device=self._torch_device)
+            with self._autocast():
+                logits = self.model.lm_head(self.model.body(window)[:, -1])
+            token = int(logits[0].float().argmax())
+            if token == self.eot_token_id:
+                break
+            made.append(token)
+            text = self._tokenizer.decode(made)
+            found = [position for stop in stops if stop and (position := text.find(stop)) >= 0]
+            if found:
+                return text[: min(found)]
+        return self._tokenizer.decode(made)
+
+    def _batches(self, inputs: list[tuple[int, ...]]) -> Iterator[list[tuple[int, ...]]]:
+        """Longest first, so that what does not fit in memory fails at once and padding stays small."""
+        same_length_only = bool(getattr(self.model, "length_dependent", False))
+        batch: list[tuple[int, ...]] = []
+        for key in sorted(inputs, key=lambda ids: (-len(ids), ids)):
+            full = batch and (len(batch) + 1) * len(batch[0]) > self._batch_tokens
+            if full or (batch and same_length_only and len(key) != len(batch[0])):
+                yield batch
+                batch = []
+            batch.append(key)
+        if batch:
+            yield batch
+
+    def _pad(self, inputs: Sequence[tuple[int, ...]]) -> tuple[Tensor, list[int]]:
+        lengths = [len(ids) for ids in inputs]
+        ids = torch.full((len(inputs), max(lengths)), self.eot_token_id, dtype=torch.long)
+        for row, key in enumerate(inputs):
+            ids[row, : len(key)] = torch.tensor(key, dtype=torch.long)
+        return ids.to(self._torch_device), lengths
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._dtype is None:
+            return nullcontext()
+        return torch.autocast(self._torch_device.type, dtype=self._dtype)

@@ -1,0 +1,90 @@
+"""Names, order and looks of the ten models, the same in every table and figure.
+
+Colours are Okabe and Ito's, told apart with the common forms of colour blindness; a family shares a colour and its members
+differ in marker and line style, so that a figure also reads in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+# The order of the paper's table 1.
+CELLS = ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn_no", "flowhn_ae", "flowhn_fa", "flowhn_fac")
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one model is drawn: its name, matplotlib colour, marker and line style."""
+
+    name: str
+    color: str
+    marker: str
+    linestyle: Any
+
+
+_BLACK, _SKY, _GREEN, _ORANGE, _BLUE, _RED = "#000000", "#56B4E9", "#009E73", "#E69F00", "#0072B2", "#D55E00"
+_LOOKS = {
+    "llama": Look("Llama", _BLACK, "o", "-"),
+    "mamba1": Look("Mamba-1", _BLUE, "^", "-"),
+    "mamba2": Look("Mamba-2", _BLUE, "v", (0, (4, 1.5))),
+    "jamba": Look("Jamba", _GREEN, "s", "-"),
+    "shm": Look("SHM", _GREEN, "D", (0, (4, 1.5))),
+    "hymba": Look("Hymba", _ORANGE, "P", "-"),
+    "flowhn_no": Look("No_Split", _RED, "o", (0, (1, 1))),
+    "flowhn_ae": Look("AE_Split", _RED, "^", (0, (4, 1.5))),
+    "flowhn_fa": Look("FA_Split", _RED, "s", (0, (4, 1, 1, 1))),
+    "flowhn_fac": Look("FAC_Split", _RED, "*", "-"),
+}
+_OTHER_COLORS = ("#CC79A7", "#7F7F7F", _SKY)
+_OTHER_MARKERS = ("X", "h", "<", ">", "p", "d")
+# Sizes of a grouped bar chart, light to dark.
+SIZE_ORDER = ("tiny", "135m", "350m", "1b")
+SIZE_COLORS = {"tiny": "#A6A6A6", "135m": _SKY, "350m": _BLUE, "1b": _ORANGE}
+SIZE_NAMES = {"tiny": "tiny", "135m": "135M", "350m": "350M", "1b": "1B"}
+SIZE_MARKERS = {"tiny": "o", "135m": "o", "350m": "s", "1b": "^"}
+TASK_NAMES = {
+    "arc_easy": "ARC-e", "arc_challenge": "ARC-c", "winogrande": "WinoGrande", "piqa": "PIQA", "hellaswag": "HellaSwag",
+    "boolq": "BoolQ", "lambada_openai": "LAMBADA", "lambada_standard": "LAMBADA std",
+}  # fmt: skip
+FONT = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.fontsize": 7.5}
+
+
+def name(cell: str) -> str:
+    """The name of a cell: FlowHN's variants carry the paper's strategy names."""
+    return look(cell).name
+
+
+def long_name(cell: str) -> str:
+    """The name with FlowHN before its variants, for tables."""
+    return f"FlowHN {name(cell)}" if cell.startswith("flowhn_") and cell in _LOOKS else name(cell)
+
+
+def look(cell: str) -> Look:
+    """The look of a cell; cells of one's own get a name from their id and a look from the letters in it, always the same."""
+    if cell in _LOOKS:
+        return _LOOKS[cell]
+    number = sum(cell.encode())
+    color = _OTHER_COLORS[number % len(_OTHER_COLORS)]
+    return Look(cell, color, _OTHER_MARKERS[number % len(_OTHER_MARKERS)], ("-", "--", ":")[number % 3])
+
+
+def in_order(cells: Iterable[str]) -> list[str]:
+    """Cells in the paper's order, then the others by name."""
+    return sorted(set(cells), key=lambda cell: (CELLS.index(cell) if cell in CELLS else len(CELLS), cell))
+
+
+def sizes_in_order(sizes: Iterable[str]) -> list[str]:
+    """Sizes from small to large, then the others by name."""
+    return sorted(set(sizes), key=lambda size: (SIZE_ORDER.index(size) if size in SIZE_ORDER else len(SIZE_ORDER), size))
+
+
+def size_name(size: str) -> str:
+    """``135M`` for ``135m``."""
+    return SIZE_NAMES.get(size, size)
+
+
+def task_name(task: str) -> str:
+    """A short name of a task for a table's head."""
+    return TASK_NAMES.get(task, task.removeprefix("flowhn_").replace("_", " "))

@@ -1,0 +1,268 @@
+"""Table 1 from run records: ours beside the paper's printed numbers, as a DataFrame, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from flowhn.reporting import paper
+from flowhn.reporting.cells import Cell, average_tasks, pool, sort_tasks
+from flowhn.reporting.comparability import row_warnings, statements
+from flowhn.reporting.record import RunRecord
+from flowhn.reporting.style import CELLS, in_order, long_name, size_name, task_name
+
+DASH = "–"
+SLIP = "†"
+READ_OFF = "≈"
+_PROPER = ("TPS", "MFU")
+
+
+def table1(records: Iterable[RunRecord], *, size: str, expected: Sequence[str] | None = None) -> pd.DataFrame:
+    """Table 1 at one size: a row per model in the paper's order, then cells of one's own; seeds are pooled as their mean.
+
+    Args:
+        records: run records; those of other sizes are left out.
+        size: the size to show. One that the paper does not have gets its 135M numbers as reference columns.
+        expected: cells that must have a row, with or without a record; None takes the paper's ten.
+
+    Returns:
+        Columns ``cell, model, size, seeds, parameters, tokens, val_loss, perplexity, tps, mfu`` (per cent), per task its
+        accuracy and ``<task>_stderr`` (per cent), ``average, average_stderr`` and the paper's ``paper_*``. Missing numbers
+        are NaN. ``attrs`` holds what :func:`write_table` says around the table: ``size, paper_size, tasks,
+        average_tasks, statements, warnings, missing, slips, slip_cells, read_off_chart``.
+
+    Raises:
+        UserError: the records cannot make one table (see :func:`flowhn.reporting.cells.pool`).
+    """
+    cells = pool(records, size)
+    order = in_order([*(CELLS if expected is None else expected), *cells])
+    tasks = sort_tasks(task for cell in cells.values() for task in cell.tasks)
+    averaged = average_tasks(cells.values())
+    paper_size = size if size in paper.SIZES else paper.REFERENCE_SIZE
+    printed = paper.table1().set_index(["size", "cell"])
+    chart = paper.figure4().set_index(["size", "cell"])
+    rows = []
+    for cell in order:
+        row = {"cell": cell, "model": long_name(cell), "size": size, **_ours(cells.get(cell), tasks, averaged)}
+        key = (paper_size, cell)
+        numbers = printed.loc[key] if key in printed.index else {}
+        drawn = chart.loc[key] if key in chart.index else {}
+        row |= {f"paper_{column}": drawn.get(column) for column in ("tps", "mfu")}
+        row |= {f"paper_{column}": numbers.get(column) for column in ("tokens", *paper.TASKS, "average")}
+        rows.append(row)
+    frame = pd.DataFrame(rows).astype({"seeds": "Int64"})
+    numeric = [column for column in frame.columns if column not in ("cell", "model", "size", "seeds")]
+    frame[numeric] = frame[numeric].apply(pd.to_numeric)
+    frame.attrs = _remarks(cells, frame, size, paper_size, tasks, averaged)
+    return frame
+
+
+def write_table(
+    frame: pd.DataFrame, out_dir: Path, *, title: str, notes: Sequence[str] = (), name: str = "table"
+) -> tuple[Path, Path]:
+    """Write ``<name>.md`` (GitHub Markdown, rounded) and ``<name>.csv`` (full precision); returns both paths.
+
+    A frame of :func:`table1` gets its remarks: what is comparable with the paper, what is missing, slips in print. Any
+    other frame is written as it is, with the notes below it.
+    """
+    parts = [f"# {title}", ""]
+    if "statements" in frame.attrs:
+        parts += _table1_markdown(frame)
+    else:
+        parts += [_markdown(frame.columns, [[_plain(value) for value in row] for row in frame.itertuples(index=False)]), ""]
+    if notes:
+        parts += ["**Notes**", "", *(f"- {note}" for note in notes), ""]
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    markdown, csv = out_dir / f"{name}.md", out_dir / f"{name}.csv"
+    _write(markdown, "\n".join(parts).rstrip() + "\n")
+    _write(csv, frame.to_csv(index=False))
+    return markdown, csv
+
+
+def _ours(cell: Cell | None, tasks: Sequence[str], averaged: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"seeds": len(cell.seeds) if cell else 0}
+    row |= {"parameters": cell.first.parameters if cell else None, "tokens": cell.first.tokens if cell else None}
+    loss = cell.val_loss if cell else None
+    row |= {"val_loss": loss, "perplexity": None if loss is None else exp(min(loss, 700.0))}
+    row |= {"tps": cell.tps if cell else None, "mfu": cell.mfu if cell else None}
+    for task in tasks:
+        row[task], row[f"{task}_stderr"] = (cell.accuracy(task) if cell else None) or (None, None)
+    row["average"], row["average_stderr"] = (cell.average(averaged) if cell else None) or (None, None)
+    return row
+
+
+def _remarks(
+    cells: dict[str, Cell], frame: pd.DataFrame, size: str, paper_size: str, tasks: Sequence[str], averaged: Sequence[str]
+) -> dict[str, Any]:
+    slips = paper.slips()
+    slips = slips[(slips["size"] == paper_size) & slips["cell"].isin(frame["cell"])]
+    marked = slips[slips["kind"] != "ranking"]
+    chart = paper.figure4()
+    chances = {
+        task: result["chance"]
+        for cell in cells.values()
+        for task, result in cell.first.evaluation["tasks"].items()
+        if result.get("chance") is not None
+    }
+    return {
+        "size": size,
+        "paper_size": paper_size,
+        "tasks": list(tasks),
+        "average_tasks": list(averaged),
+        "chances": chances,
+        "statements": [asdict(statement) for statement in statements(cells, size, tasks)],
+        "warnings": row_warnings(cells),
+        "missing": _missing(frame, tasks),
+        "slips": list(slips["sentence"]),
+        "slip_cells": [[row.cell, f"paper_{column}"] for row in marked.itertuples() for column in row.columns],
+        "read_off_chart": list(chart.loc[(chart["size"] == paper_size) & chart["read_off_chart"], "cell"]),
+    }
+
+
+def _missing(frame: pd.DataFrame, tasks: Sequence[str]) -> list[str]:
+    """What the records do not have: whole rows, columns empty in every row, then single numbers."""
+    have = frame[frame["seeds"] > 0]
+    absent = list(frame.loc[frame["seeds"] == 0, "model"])
+    found = [f"records of {', '.join(absent)}"] if absent else []
+    labels = {"val_loss": "validation loss", "tps": "TPS", "mfu": "MFU"} | {task: task_name(task) for task in tasks}
+    for column, label in labels.items():
+        gaps = have.loc[have[column].isna(), "model"]
+        if len(gaps) and len(gaps) == len(have):
+            found.append(f"{label} (all rows)")
+        elif len(gaps):
+            found.append(f"{label} ({', '.join(gaps)})")
+    if len(have) and not tasks:
+        found.append("accuracy (all rows)")
+    return found
+
+
+def _table1_markdown(frame: pd.DataFrame) -> list[str]:
+    attrs = frame.attrs
+    beside = f"paper {size_name(attrs['paper_size'])}"
+    parts = []
+    if attrs["size"] != attrs["paper_size"]:
+        parts += [
+            f"The paper has no size {attrs['size']}: the columns \"{beside}\" are its {size_name(attrs['paper_size'])} numbers, for "
+            "reference only.",
+            "",
+        ]
+    yes, no = ([s["columns"] for s in attrs["statements"] if s["comparable"] is wanted] for wanted in (True, False))
+    parts += [
+        f"**Comparable with the paper:** {_list(yes)}. **Not comparable:** {_list(no)}. The reasons stand below the tables.",
+        "",
+        *(f"**Caution:** {warning}\n" for warning in attrs["warnings"]),
+    ]
+    parts += ["**Size, loss and speed**", "", _speed(frame, beside), ""]
+    if attrs["tasks"]:
+        errors = "Accuracy in %, zero-shot, ± one standard error."
+        if (frame["seeds"] > 1).any():
+            errors += " Rows of several seeds show their mean; its error is that of one seed (the questions are the same)."
+        if attrs["chances"]:
+            told = ", ".join(f"{task_name(t)} {100 * attrs['chances'][t]:.3g}" for t in attrs["tasks"] if t in attrs["chances"])
+            errors += f" Guessing gives: {told}." if told else ""
+        averaged = ", ".join(task_name(task) for task in attrs["average_tasks"])
+        parts += ["**Accuracy**", "", _accuracies(frame, beside), "", f"{errors} Average: mean of {averaged}.", ""]
+    parts += ["**Why the columns are comparable with the paper's, or not**", ""]
+    parts += [*(f"- {s['columns']}: {'comparable' if s['comparable'] else 'not comparable'}. {s['reason']}" for s in attrs["statements"]), ""]
+    if attrs["missing"]:
+        parts += [f"missing: {'; '.join(attrs['missing'])}", ""]
+    if attrs["slips"]:
+        parts += [f"Slips in the printed table, shown as printed ({SLIP}):", "", *(f"- {line}" for line in attrs["slips"]), ""]
+    if set(attrs["read_off_chart"]) & set(frame["cell"]):
+        parts += [f"{READ_OFF}: not in the printed table; read off the paper's figure 4, about 2 % either way.", ""]
+    return parts
+
+
+def _speed(frame: pd.DataFrame, beside: str) -> str:
+    head = ["model", "parameters", "tokens", "val loss", "perplexity", "TPS", f"TPS, {beside}", "MFU %", f"MFU %, {beside}"]
+    if (frame["seeds"] > 1).any():
+        head.insert(1, "seeds")
+    rows = []
+    for row in frame.to_dict("records"):
+        mark = READ_OFF if row["cell"] in frame.attrs["read_off_chart"] else ""
+        cells = [
+            row["model"],
+            _number(row["parameters"], lambda n: f"{n / 1e6:,.2f}M"),
+            _number(row["tokens"], lambda n: f"{n:,.0f}"),
+            _number(row["val_loss"], lambda n: f"{n:.3f}"),
+            _number(row["perplexity"], lambda n: f"{n:,.1f}" if n < 1e6 else f"{n:.1e}"),
+            _number(row["tps"], lambda n: f"{n:,.0f}"),
+            _number(row["paper_tps"], lambda n, m=mark: f"{m}{n:,.0f}"),
+            _number(row["mfu"], lambda n: f"{n:.1f}"),
+            _number(row["paper_mfu"], lambda n, m=mark: f"{m}{n:.1f}" if m else f"{n:.2f}"),
+        ]
+        if "seeds" in head:
+            cells.insert(1, str(row["seeds"]))
+        rows.append(cells)
+    return _markdown(head, rows)
+
+
+def _accuracies(frame: pd.DataFrame, beside: str) -> str:
+    slips = {tuple(pair) for pair in frame.attrs["slip_cells"]}
+    columns = [*frame.attrs["tasks"], "average"]
+    head = ["model"]
+    for column in columns:
+        head.append("average" if column == "average" else task_name(column))
+        if column == "average" and not set(paper.TASKS) <= set(columns):
+            head.append(f"average of the paper's six, {beside}")
+        elif f"paper_{column}" in frame.columns:
+            head.append(beside)
+    rows = []
+    for row in frame.to_dict("records"):
+        cells = [row["model"]]
+        for column in columns:
+            error = row[f"{column}_stderr"]
+            tail = "" if pd.isna(error) else f" ± {error:.1f}"
+            cells.append(_number(row[column], lambda n, t=tail: f"{n:.1f}{t}"))
+            if f"paper_{column}" in row:
+                mark = SLIP if (row["cell"], f"paper_{column}") in slips else ""
+                cells.append(_number(row[f"paper_{column}"], lambda n, m=mark: f"{n:.2f}{m}"))
+        rows.append(cells)
+    return _markdown(head, rows)
+
+
+def _number(value: Any, form: Callable[[float], str]) -> str:
+    return DASH if value is None or pd.isna(value) else form(value)
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(name if index == 0 or name in _PROPER else name.lower() for index, name in enumerate(names)) or "nothing"
+
+
+def _plain(value: Any) -> str:
+    if value is None or (not isinstance(value, list | tuple | dict) and pd.isna(value)):
+        return DASH
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _markdown(head: Iterable[str], rows: Sequence[Sequence[str]]) -> str:
+    head = [_escape(str(item)) for item in head]
+    numeric = ["left"] + ["right"] * (len(head) - 1)
+    rows = [[_escape(item) for item in row] for row in rows]
+    return tabulate(rows, headers=head, tablefmt="pipe", disable_numparse=True, colalign=numeric if rows else None)
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write atomically, so that a reader never finds half a table."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
