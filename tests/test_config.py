@@ -26,7 +26,7 @@ def test_bad_budget_names_the_key(text):
 
 @pytest.mark.parametrize(
     ("group", "option"),
-    [(g, o) for g, options in groups().items() if g != "artefact" for o in options],
+    [(g, o) for g, options in groups().items() if g != "artefacts" for o in options],
 )
 def test_every_yaml_composes(group, option):
     cfg = compose("train", [f"{group}={option}"])
@@ -39,7 +39,7 @@ def test_every_yaml_composes(group, option):
     [
         ("sed=1", "did you mean seed"),
         ("model=lama", "did you mean llama"),
-        ("split=fca", "did you mean fac"),
+        ("split=facc", "did you mean fac"),
         ("size=136m", "did you mean 13"),
         ("optimizer.weigth_decay=0.1", "did you mean optimizer.weight_decay"),
         ("budget=lots", "budget=lots"),

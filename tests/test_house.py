@@ -88,7 +88,7 @@ def test_readme_commands_exist():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    artefacts = {path.stem for path in (ROOT / "configs" / "artefact").glob("*.yaml")}
+    artefacts = {path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")}
     lines = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", readme, re.S) for line in block.splitlines()]
     commands = [line.split("#")[0].split() for line in lines if line and not line.startswith("#")]
     assert commands, "the README shows no command"

@@ -33,7 +33,7 @@ SPLITS = ("no", "ae", "fa", "fac")
 CELLS = (*BASELINES, *(f"flowhn_{split}" for split in SPLITS))
 SIZES = ("tiny", "135m", "350m", "1b")
 BANDS = {"tiny": (0.45e6, 1.0e6), "135m": (132e6, 136e6), "350m": (350e6, 360e6), "1b": (1.14e9, 1.17e9)}
-WIDTHS = {"tiny": 64, "135m": 768, "350m": 1024, "1b": 2048}
+WIDTHS = {"tiny": 80, "135m": 768, "350m": 1024, "1b": 2048}
 
 
 @cache
@@ -78,7 +78,7 @@ def test_shapes_and_every_parameter_gets_a_gradient(cell):
     x = ids(24)
     logits = model(x)
     assert logits.shape == (2, 24, 2048)
-    assert model.body(x).shape == (2, 24, 64)
+    assert model.body(x).shape == (2, 24, 80)
     F.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name

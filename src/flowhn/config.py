@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +29,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 # What decides a run's result. Everything else (output folder, logger, display, checkpoint interval) may change freely
 # between a run and its continuation, and does not make another record.
 IDENTITY_KEYS = (
-    "model", "size_name", "vocab_size", "seq_len", "data", "tokens", "global_batch_tokens", "optimizer", "schedule",
+    "model", "vocab_size", "seq_len", "data", "tokens", "global_batch_tokens", "optimizer", "schedule",
     "seed", "eval", "precision", "clip_grad_norm", "val_rows", "val_points", "compile", "device",
 )  # fmt: skip
 
@@ -92,7 +93,7 @@ def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     """
     register_resolvers()
     overrides = list(overrides)
-    _check_groups(overrides)
+    _check_overrides(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
@@ -109,9 +110,14 @@ def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     return cfg
 
 
-def _check_groups(overrides: list[str]) -> None:
+def _check_overrides(overrides: list[str]) -> None:
     known = groups()
+    parser = OverridesParser.create()
     for override in overrides:
+        try:
+            parser.parse_override(override)
+        except HydraException as error:
+            raise UserError(f"the override {override!r} cannot be read; write key=value, for example seed=1") from error
         key, _, value = override.partition("=")
         group = key.lstrip("+~").split("@")[0]
         if group in known and re.fullmatch(r"[\w.\-]+", value) and value != "null" and value not in known[group]:
@@ -132,8 +138,6 @@ def _explain(error: Exception, root: str, overrides: list[str]) -> UserError:
         key = override.partition("=")[0].lstrip("+~")
         if f"'{key}'" in str(error) or f"'{key.split('.')[-1]}'" in str(error):
             return UserError(f"unknown key {key}; {nearest(key, _valid_keys(root))} (put + before it to add a new key)")
-        if override in str(error):
-            return UserError(f"the override {override!r} cannot be read; write key=value, for example seed=1")
     return UserError(f"the configuration cannot be composed: {text}")
 
 
@@ -151,7 +155,7 @@ def _valid_keys(root: str) -> list[str]:
                 found += walk(node._get_node(key), f"{name}.")
         return found
 
-    return walk(cfg, "") + [group for group in groups() if group != "artefact"]
+    return walk(cfg, "") + [group for group in groups() if group != "artefacts"]
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:
@@ -161,7 +165,8 @@ def to_dict(cfg: DictConfig) -> dict[str, Any]:
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that decides the result of a run; its hash names the run."""
-    return {key: config[key] for key in IDENTITY_KEYS if key in config}
+    kept = {key: config[key] for key in IDENTITY_KEYS if key in config}
+    return kept | {"deterministic": config["trainer"]["deterministic"]}
 
 
 def build_model(config: Mapping[str, Any]) -> CausalLM:

@@ -72,7 +72,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _artefacts() -> dict[str, Path]:
-    return {path.stem: path for path in sorted((config_dir() / "artefact").glob("*.yaml"))}
+    return {path.stem: path for path in sorted((config_dir() / "artefacts").glob("*.yaml"))}
 
 
 def _artefact(name: str) -> tuple[str, dict[str, Any]]:

@@ -131,6 +131,11 @@ class ParallelBlock(nn.Module):
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.proj = nn.Linear(d_model, d_model, bias=False)
 
+    @property
+    def length_dependent(self) -> bool:
+        """Whether a token's branch depends on the length of its sequence (a proportional split): padding would change it."""
+        return not self.split.full and self.split.window is None
+
     def token_split(self, n_tokens: int) -> TokenSplit:
         """The routing of ``n_tokens`` tokens in this block."""
         return self.split(n_tokens, self.layer_idx, BranchCost(self.attention.flops, self.ssm.flops))

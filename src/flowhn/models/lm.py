@@ -97,6 +97,11 @@ class CausalLM(nn.Module):
         """(B, T) long -> logits (B, T, V)."""
         return self.lm_head(self.body(input_ids))
 
+    @property
+    def length_dependent(self) -> bool:
+        """Whether the logits of a prefix depend on what follows only by its length; such inputs must not be padded."""
+        return any(getattr(layer, "length_dependent", False) for layer in self.layers)
+
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of one sequence of ``n_tokens``, LM head included; a training step costs three times this."""
         head = 2 * self.d_model * self.vocab_size * n_tokens

@@ -1,4 +1,4 @@
-"""Records of one model and size, pooled over seeds: the one place where tables, figures and verdicts take numbers from."""
+"""Records of one model and size, pooled over seeds: where tables, figures and verdicts take numbers from."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Cell:
     def accuracy(self, task: str) -> tuple[float, float | None] | None:
         """Accuracy and standard error in per cent.
 
-        Seeds answer the same questions, so the error of their mean is taken as the mean of their errors: an upper bound,
-        where treating them as independent would understate it.
+        Seeds answer the same questions, so the error of their mean is taken as the mean of their errors: an upper
+        bound, where treating them as independent would understate it.
         """
         results = [record.evaluation["tasks"].get(task, {}) for record in self.records]
         mean = _mean(result.get("acc") for result in results)
@@ -72,7 +72,7 @@ class Cell:
         return sum(value for value, _ in values) / len(values), error
 
     def correct(self, task: str) -> list[float] | None:
-        """Per question the share of seeds that answered right (the record's ``correct``), None where a seed has none."""
+        """Per question the share of seeds that were right (the record's ``correct``); None where a seed lacks it."""
         strings = [(r.evaluation["tasks"].get(task, {}).get("correct") or {}).get("acc") for r in self.records]
         if not all(isinstance(text, str) and text and set(text) <= {"0", "1"} for text in strings):
             return None
@@ -96,8 +96,8 @@ def pool(records: Iterable[RunRecord], size: str) -> dict[str, Cell]:
     """The finished records of one size by cell, in the paper's order. A record given twice counts once.
 
     Raises:
-        UserError: two different runs claim the same cell and seed, or the seeds of a cell differ in tokens or parameters:
-            pooling them would make a wrong table.
+        UserError: two different runs claim the same cell and seed, or the seeds of a cell differ in tokens or
+            parameters: pooling them would make a wrong table.
     """
     chosen: dict[tuple[str, int], RunRecord] = {}
     for record in records:
@@ -118,7 +118,9 @@ def pool(records: Iterable[RunRecord], size: str) -> dict[str, Cell]:
         for what in ("tokens", "parameters", "seq_len"):
             values = {getattr(record, what) for record in mine}
             if len(values) > 1:
-                raise UserError(f"the seeds of {name}, size {size}, differ in {what} ({sorted(values)}); they cannot be pooled")
+                raise UserError(
+                    f"the seeds of {name}, size {size}, differ in {what} ({sorted(values)}); they cannot be pooled"
+                )
         cells[name] = Cell(name, size, mine)
     return cells
 
@@ -129,7 +131,7 @@ def sort_tasks(tasks: Iterable[str]) -> list[str]:
 
 
 def average_tasks(cells: Iterable[Cell]) -> list[str]:
-    """What an average is taken over: the paper's six where any cell was evaluated on all of them, else every task seen."""
+    """What an average is taken over: the paper's six where a cell has all of them, else every task seen."""
     lists = [cell.tasks for cell in cells]
     if any(set(TASKS) <= set(tasks) for tasks in lists):
         return list(TASKS)

@@ -1,14 +1,15 @@
-"""Figures from run records: throughput and MFU as in the paper's figure 4, and validation loss over tokens, time and FLOPs.
+"""Figures from run records: throughput and MFU as in the paper's figure 4; validation loss over tokens, time and FLOPs.
 
-Everything is drawn on matplotlib's own Figure objects, without pyplot and its global state, so that figures can be made
-in any thread and leave a notebook's settings alone. Each function returns the Figure and, with a path, writes it as PNG,
-PDF or SVG by the path's ending.
+Everything is drawn on matplotlib's own Figure objects, without pyplot and its global state, so that a
+notebook's settings stay as they are. Each function returns the Figure and, with a path, writes it as PNG, PDF or SVG by
+the path's ending.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -50,8 +51,12 @@ def figure4(
     ours = {one: {n: (c.tps, c.mfu) for n, c in cells[one].items() if c.tps is not None} for one in sizes}
     ours = {one: values for one, values in ours.items() if values}
     if not ours:
-        raise UserError(f"no record of size {' or '.join(sizes) or 'any'} has a throughput; train longer to time a window")
-    order = style.in_order([*(style.CELLS if expected is None else expected), *(n for one in ours.values() for n in one)])
+        raise UserError(
+            f"no record of size {' or '.join(sizes) or 'any'} has a throughput; train longer to time a window"
+        )
+    order = style.in_order(
+        [*(style.CELLS if expected is None else expected), *(n for one in ours.values() for n in one)]
+    )
     theirs: dict[str, dict[str, tuple[float | None, float | None]]] = {}
     for row in paper.figure4().itertuples():
         theirs.setdefault(row.size, {})[row.cell] = (row.tps, row.mfu)
@@ -60,16 +65,24 @@ def figure4(
         top, bottom = figure.subplots(2, 1, height_ratios=[1.5, 1])
         _throughput_panel(top, ours, order)
         devices = sorted({_device(c.first) for one in ours for c in cells[one].values()})
-        top.set_title(f"Ours: {', '.join(style.size_name(one) for one in ours)} on {', '.join(devices)}", loc="left", fontsize=8.5)
+        top.set_title(
+            f"Ours: {', '.join(style.size_name(one) for one in ours)} on {', '.join(devices)}", loc="left", fontsize=8.5
+        )
         _throughput_panel(bottom, theirs, order)
         bottom.set_title("Paper, figure 4: 135M, 350M, 1B on one GPU", loc="left", fontsize=8.5)
         names = [style.name(cell) for cell in order]
         bottom.set_xticks(range(len(order)), names)
         if len(ours) == 1:  # the figure itself, under the name: above the bar it would meet the line
             speeds = [next(iter(ours.values())).get(cell, (None, None))[0] for cell in order]
-            names = [f"{name}\n{_thousands(tps) if tps else 'no record'}" for name, tps in zip(names, speeds, strict=True)]
+            names = [
+                f"{name}\n{_thousands(tps) if tps else 'no record'}" for name, tps in zip(names, speeds, strict=True)
+            ]
         top.set_xticks(range(len(order)), names)
-        _throughput_legend(figure, style.sizes_in_order({*ours, *theirs}), any(m is not None for v in ours.values() for _, m in v.values()))
+        _throughput_legend(
+            figure,
+            style.sizes_in_order({*ours, *theirs}),
+            any(m is not None for v in ours.values() for _, m in v.values()),
+        )
         return _save(figure, path)
 
 
@@ -84,11 +97,18 @@ def loss_figure(records: Iterable[RunRecord], path: Path | None = None, *, size:
 
 def loss_vs_time_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
     """Validation loss over seconds of training (validation and checkpoints left out); raises as :func:`loss_figure`."""
-    return _loss_over(records, path, size, "Training time (s)", lambda cell, point: point[2], FuncFormatter(lambda value, _: f"{value:,g}"))
+    return _loss_over(
+        records,
+        path,
+        size,
+        "Training time (s)",
+        lambda cell, point: point[2],
+        FuncFormatter(lambda value, _: f"{value:,g}"),
+    )
 
 
 def loss_vs_flops_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
-    """Validation loss over training FLOPs (tokens times the record's FLOPs per token); raises as :func:`loss_figure`."""
+    """Validation loss over training FLOPs (tokens times FLOPs per token); raises as :func:`loss_figure`."""
 
     def flops(cell: Cell, point: Sequence[float]) -> float | None:
         per_token = cell.first.throughput["flops_per_token"]
@@ -109,6 +129,11 @@ def has_losses(records: Iterable[RunRecord]) -> bool:
     return any(None not in point for record in records for point in record.losses["val"])
 
 
+def has_flops(records: Iterable[RunRecord]) -> bool:
+    """Whether :func:`loss_vs_flops_figure` has something to draw."""
+    return has_losses(record for record in records if record.throughput["flops_per_token"] is not None)
+
+
 def _throughput_panel(
     axes: Axes, values: Mapping[str, Mapping[str, tuple[float | None, float | None]]], order: Sequence[str]
 ) -> None:
@@ -123,10 +148,7 @@ def _throughput_panel(
         points = [(order.index(cell), values[size][cell][1]) for cell in order if cell in values[size]]
         points = [(place, mfu) for place, mfu in points if mfu is not None]
         if points:
-            right.plot(
-                *zip(*points, strict=True), color="black", linewidth=0.8, linestyle=_size_line(size),
-                marker=style.SIZE_MARKERS.get(size, "o"), markersize=4.5, markerfacecolor=_size_color(size), markeredgewidth=0.8,
-            )  # fmt: skip
+            right.plot(*zip(*points, strict=True), **_mfu_look(size))
     axes.set_ylabel("Tokens/s (bars)")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:g}k" if value else "0"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
@@ -151,17 +173,22 @@ def _throughput_legend(figure: Figure, sizes: Sequence[str], ours_have_mfu: bool
     from matplotlib.patches import Patch
 
     handles = [Patch(facecolor=_size_color(size), label=f"{style.size_name(size)} tokens/s") for size in sizes]
-    handles += [
-        Line2D(
-            [], [], color="black", linewidth=0.8, linestyle=_size_line(size), marker=style.SIZE_MARKERS.get(size, "o"),
-            markersize=4.5, markerfacecolor=_size_color(size), markeredgewidth=0.8, label=f"{style.size_name(size)} MFU",
-        )
-        for size in sizes
-    ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(sizes) if len(sizes) < 4 else len(sizes), frameon=False)
+    handles += [Line2D([], [], label=f"{style.size_name(size)} MFU", **_mfu_look(size)) for size in sizes]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=2 * len(sizes) if len(sizes) < 4 else len(sizes),
+        frameon=False,
+    )
     if not ours_have_mfu:
         figure.axes[0].text(
-            0.995, 0.98, "MFU: the device's peak is unknown", transform=figure.axes[0].transAxes, ha="right", va="top", fontsize=7
+            0.995,
+            0.98,
+            "MFU: the device's peak is unknown",
+            transform=figure.axes[0].transAxes,
+            ha="right",
+            va="top",
+            fontsize=7,
         )
 
 
@@ -186,7 +213,9 @@ def _loss_over(
         if points:
             lines.append((cell, [x for x, _ in points], [point for _, point in points]))
     if not lines:
-        raise UserError(f"no record of size {size or 'any'} has the validation losses for this figure; set val_points= above 0")
+        raise UserError(
+            f"no record of size {size or 'any'} has the validation losses for this figure; set val_points= above 0"
+        )
     lines.sort(key=lambda line: -line[2][-1][1])  # the legend runs as the curves end, worst on top
     with matplotlib.rc_context(style.FONT):
         figure = Figure(figsize=(_WIDTH, 3.9), dpi=_DPI, layout="constrained")
@@ -198,7 +227,9 @@ def _loss_over(
         axes.xaxis.set_major_formatter(formatter)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside right center", frameon=False, title="Model, final loss", title_fontsize=7.5, handlelength=3.2)
+        figure.legend(
+            loc="outside right center", frameon=False, title="Model, final loss", title_fontsize=7.5, handlelength=3.2
+        )
         return _save(figure, path)
 
 
@@ -209,12 +240,16 @@ def _loss_lines(axes: Axes, lines: Sequence[tuple[Cell, list[float], list[list[f
         # Markers start at different points, or ten lines' markers would lie in ten columns on top of each other.
         every = max(1, len(xs) // 8)
         axes.plot(
-            xs, losses, color=look.color, linestyle=look.linestyle, marker=look.marker, linewidth=1.7 if cell.cell == "flowhn_fac" else 1.2,
+            xs, losses, color=look.color, linestyle=look.linestyle, marker=look.marker,
+            linewidth=1.7 if cell.cell == "flowhn_fac" else 1.2,
+            zorder=2 if look.linestyle == "-" else 2.5,  # where curves coincide, the solid one shows through the dashes
             markersize=6 if look.marker == "*" else 4, markevery=(number % every, every), markeredgewidth=0,
-            label=f"{style.long_name(cell.cell)}  {losses[-1]:.3f}", zorder=3 if cell.cell == "flowhn_fac" else 2,
+            label=f"{style.long_name(cell.cell)}  {losses[-1]:.3f}",
         )  # fmt: skip
         if len(cell.records) > 1:
-            axes.fill_between(xs, [p[3] for p in points], [p[4] for p in points], color=look.color, alpha=0.15, linewidth=0)
+            axes.fill_between(
+                xs, [p[3] for p in points], [p[4] for p in points], color=look.color, alpha=0.15, linewidth=0
+            )
 
 
 def _unigram_line(axes: Axes, cells: Mapping[str, Cell]) -> None:
@@ -251,8 +286,16 @@ def _size_color(size: str) -> str:
     return style.SIZE_COLORS.get(size, "#CC79A7")
 
 
-def _size_line(size: str) -> str:
-    return {"350m": "--", "1b": ":"}.get(size, "-")
+def _mfu_look(size: str) -> dict[str, Any]:
+    return {
+        "color": "black",
+        "linewidth": 0.8,
+        "linestyle": {"350m": "--", "1b": ":"}.get(size, "-"),
+        "marker": style.SIZE_MARKERS.get(size, "o"),
+        "markersize": 4.5,
+        "markerfacecolor": _size_color(size),
+        "markeredgewidth": 0.8,
+    }
 
 
 def _thousands(value: float) -> str:

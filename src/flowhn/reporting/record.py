@@ -21,17 +21,17 @@ from typing import Any
 from flowhn.errors import UserError
 
 SCHEMA_VERSION = 1
-_PACKAGES = ("flowhn", "torch", "lightning", "hydra-core", "datasets", "tokenizers", "transformers", "torchdata", "lm-eval",
-             "mamba-ssm", "causal-conv1d", "flash-attn", "triton", "numpy")  # fmt: skip
+_PACKAGES = ("flowhn", "torch", "lightning", "hydra-core", "datasets", "tokenizers", "transformers", "torchdata",
+             "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn", "triton", "numpy")  # fmt: skip
 
 
 @dataclass(kw_only=True)
 class RunRecord:
     """One run. ``tokens`` and ``tps`` count all devices; losses are nats per token; times are seconds, memory bytes.
 
-    ``losses.train`` holds ``[tokens, loss]``, ``losses.val`` ``[tokens, loss, seconds of training]``; ``throughput.mfu``
-    is a share (0 to 1) or null where the device's peak is unknown; ``evaluation.tasks`` holds shares (0 to 1), and
-    optionally ``correct``: per metric a string of 0 and 1, one per question. Unknown figures are null throughout.
+    ``losses.train`` holds ``[tokens, loss]``, ``losses.val`` ``[tokens, loss, seconds of training]``;
+    ``throughput.mfu`` is a share (0 to 1) or null where the device's peak is unknown; ``evaluation.tasks`` holds shares
+    (0 to 1), and optionally ``correct``: per metric a string of 0 and 1, one per question. Unknown figures are null.
     """
 
     run_id: str
@@ -182,7 +182,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "int": (_is_int, "a whole number"),
     "dict[str, Any]": (lambda value: isinstance(value, dict), "an object"),
 }
-# What tables and figures read from inside the objects: (object, key) -> check, what it should be. All keys must be there.
+# What tables and figures read from inside the objects: (object, key) -> check, what it should be. All must be there.
 _INNER: dict[tuple[str, str], tuple[Callable[[Any], bool], str]] = {
     ("device", "type"): (lambda value: isinstance(value, str), "a text"),
     ("device", "name"): (_or_null(lambda value: isinstance(value, str)), "a text or null"),
@@ -232,7 +232,7 @@ def _digest(content: Mapping[str, Any]) -> str:
 
 
 def _canonical(content: Any) -> Any:
-    """Only what JSON gives back unchanged: text keys, lists for tuples, null for NaN, plain numbers for array scalars."""
+    """Only what JSON gives back unchanged: text keys, lists for tuples, null for NaN, numbers for array scalars."""
     return json.loads(json.dumps(_finite(content), default=str, allow_nan=False))
 
 
@@ -267,14 +267,19 @@ def _git() -> dict[str, Any]:
     def ask(*words: str) -> str | None:
         try:
             done = subprocess.run(
-                ["git", "-C", str(here.parent), *words], capture_output=True, text=True, timeout=10, check=True, env=clean
+                ["git", "-C", str(here.parent), *words],
+                capture_output=True,
+                text=True,
+                timeout=10,
+                check=True,
+                env=clean,
             )
         except (OSError, ValueError, subprocess.SubprocessError):
             return None
         return done.stdout.strip()
 
     top = ask("rev-parse", "--show-toplevel")
-    # An installed package may lie in the .venv of somebody else's repository: only src/flowhn/reporting of a checkout counts.
+    # An installed package may lie in the .venv of somebody else's repository: only a checkout's src/flowhn counts.
     if top is None or Path(top).resolve() != here.parents[3]:
         return {"commit": None, "dirty": None}
     commit, status = ask("rev-parse", "HEAD"), ask("status", "--porcelain", "--", ":/src", ":/configs")

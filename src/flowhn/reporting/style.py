@@ -1,7 +1,7 @@
 """Names, order and looks of the ten models, the same in every table and figure.
 
-Colours are Okabe and Ito's, told apart with the common forms of colour blindness; a family shares a colour and its members
-differ in marker and line style, so that a figure also reads in grey.
+Colours are Okabe and Ito's, told apart with the common forms of colour blindness; a family shares a colour and its
+members differ in marker and line style, so that a figure also reads in grey.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SIZE_NAMES = {"tiny": "tiny", "135m": "135M", "350m": "350M", "1b": "1B"}
 SIZE_MARKERS = {"tiny": "o", "135m": "o", "350m": "s", "1b": "^"}
 TASK_NAMES = {
     "arc_easy": "ARC-e", "arc_challenge": "ARC-c", "winogrande": "WinoGrande", "piqa": "PIQA", "hellaswag": "HellaSwag",
-    "boolq": "BoolQ", "lambada_openai": "LAMBADA", "lambada_standard": "LAMBADA std",
+    "boolq": "BoolQ", "lambada_openai": "LAMBADA", "lambada_standard": "LAMBADA std", "docs_lastword": "docs last word",
 }  # fmt: skip
 FONT = {"font.size": 8, "axes.labelsize": 8, "xtick.labelsize": 7.5, "ytick.labelsize": 7.5, "legend.fontsize": 7.5}
 
@@ -62,7 +62,7 @@ def long_name(cell: str) -> str:
 
 
 def look(cell: str) -> Look:
-    """The look of a cell; cells of one's own get a name from their id and a look from the letters in it, always the same."""
+    """The look of a cell; cells of one's own get their id as name and a look from its letters, always the same."""
     if cell in _LOOKS:
         return _LOOKS[cell]
     number = sum(cell.encode())
@@ -77,7 +77,9 @@ def in_order(cells: Iterable[str]) -> list[str]:
 
 def sizes_in_order(sizes: Iterable[str]) -> list[str]:
     """Sizes from small to large, then the others by name."""
-    return sorted(set(sizes), key=lambda size: (SIZE_ORDER.index(size) if size in SIZE_ORDER else len(SIZE_ORDER), size))
+    return sorted(
+        set(sizes), key=lambda size: (SIZE_ORDER.index(size) if size in SIZE_ORDER else len(SIZE_ORDER), size)
+    )
 
 
 def size_name(size: str) -> str:

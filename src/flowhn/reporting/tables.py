@@ -26,7 +26,7 @@ _PROPER = ("TPS", "MFU")
 
 
 def table1(records: Iterable[RunRecord], *, size: str, expected: Sequence[str] | None = None) -> pd.DataFrame:
-    """Table 1 at one size: a row per model in the paper's order, then cells of one's own; seeds are pooled as their mean.
+    """Table 1 at one size: a row per model in the paper's order, then cells of one's own; seeds pooled as their mean.
 
     Args:
         records: run records; those of other sizes are left out.
@@ -34,9 +34,9 @@ def table1(records: Iterable[RunRecord], *, size: str, expected: Sequence[str] |
         expected: cells that must have a row, with or without a record; None takes the paper's ten.
 
     Returns:
-        Columns ``cell, model, size, seeds, parameters, tokens, val_loss, perplexity, tps, mfu`` (per cent), per task its
-        accuracy and ``<task>_stderr`` (per cent), ``average, average_stderr`` and the paper's ``paper_*``. Missing numbers
-        are NaN. ``attrs`` holds what :func:`write_table` says around the table: ``size, paper_size, tasks,
+        Columns ``cell, model, size, seeds, parameters, tokens, val_loss, perplexity, tps, mfu`` (per cent), per task
+        its accuracy and ``<task>_stderr`` (per cent), ``average, average_stderr`` and the paper's ``paper_*``. Missing
+        numbers are NaN. ``attrs`` holds what :func:`write_table` says around the table: ``size, paper_size, tasks,
         average_tasks, statements, warnings, missing, slips, slip_cells, read_off_chart``.
 
     Raises:
@@ -66,25 +66,35 @@ def table1(records: Iterable[RunRecord], *, size: str, expected: Sequence[str] |
 
 
 def write_table(
-    frame: pd.DataFrame, out_dir: Path, *, title: str, notes: Sequence[str] = (), name: str = "table"
+    frame: pd.DataFrame,
+    out_dir: Path,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    name: str = "table",
+    full: pd.DataFrame | None = None,
 ) -> tuple[Path, Path]:
     """Write ``<name>.md`` (GitHub Markdown, rounded) and ``<name>.csv`` (full precision); returns both paths.
 
     A frame of :func:`table1` gets its remarks: what is comparable with the paper, what is missing, slips in print. Any
-    other frame is written as it is, with the notes below it.
+    other frame is written as it is, with the notes below it. ``full`` goes into the CSV instead of ``frame``, where a
+    reader of the Markdown is shown less.
     """
     parts = [f"# {title}", ""]
     if "statements" in frame.attrs:
         parts += _table1_markdown(frame)
     else:
-        parts += [_markdown(frame.columns, [[_plain(value) for value in row] for row in frame.itertuples(index=False)]), ""]
+        parts += [
+            _markdown(frame.columns, [[_plain(value) for value in row] for row in frame.itertuples(index=False)]),
+            "",
+        ]
     if notes:
         parts += ["**Notes**", "", *(f"- {note}" for note in notes), ""]
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     markdown, csv = out_dir / f"{name}.md", out_dir / f"{name}.csv"
     _write(markdown, "\n".join(parts).rstrip() + "\n")
-    _write(csv, frame.to_csv(index=False))
+    _write(csv, (frame if full is None else full).to_csv(index=False))
     return markdown, csv
 
 
@@ -101,7 +111,12 @@ def _ours(cell: Cell | None, tasks: Sequence[str], averaged: Sequence[str]) -> d
 
 
 def _remarks(
-    cells: dict[str, Cell], frame: pd.DataFrame, size: str, paper_size: str, tasks: Sequence[str], averaged: Sequence[str]
+    cells: dict[str, Cell],
+    frame: pd.DataFrame,
+    size: str,
+    paper_size: str,
+    tasks: Sequence[str],
+    averaged: Sequence[str],
 ) -> dict[str, Any]:
     slips = paper.slips()
     slips = slips[(slips["size"] == paper_size) & slips["cell"].isin(frame["cell"])]
@@ -111,7 +126,7 @@ def _remarks(
         task: result["chance"]
         for cell in cells.values()
         for task, result in cell.first.evaluation["tasks"].items()
-        if result.get("chance") is not None
+        if result.get("chance")
     }
     return {
         "size": size,
@@ -151,13 +166,13 @@ def _table1_markdown(frame: pd.DataFrame) -> list[str]:
     parts = []
     if attrs["size"] != attrs["paper_size"]:
         parts += [
-            f"The paper has no size {attrs['size']}: the columns \"{beside}\" are its {size_name(attrs['paper_size'])} numbers, for "
-            "reference only.",
+            f"The paper has no size {attrs['size']}: the columns '{beside}' are its numbers at "
+            f"{size_name(attrs['paper_size'])}, for reference only.",
             "",
         ]
     yes, no = ([s["columns"] for s in attrs["statements"] if s["comparable"] is wanted] for wanted in (True, False))
     parts += [
-        f"**Comparable with the paper:** {_list(yes)}. **Not comparable:** {_list(no)}. The reasons stand below the tables.",
+        f"**Comparable with the paper:** {_list(yes)}. **Not comparable:** {_list(no)}. Reasons: below the tables.",
         "",
         *(f"**Caution:** {warning}\n" for warning in attrs["warnings"]),
     ]
@@ -165,25 +180,50 @@ def _table1_markdown(frame: pd.DataFrame) -> list[str]:
     if attrs["tasks"]:
         errors = "Accuracy in %, zero-shot, ± one standard error."
         if (frame["seeds"] > 1).any():
-            errors += " Rows of several seeds show their mean; its error is that of one seed (the questions are the same)."
+            errors += (
+                " Rows of several seeds show their mean; its error is that of one seed (the questions are the same)."
+            )
         if attrs["chances"]:
-            told = ", ".join(f"{task_name(t)} {100 * attrs['chances'][t]:.3g}" for t in attrs["tasks"] if t in attrs["chances"])
+            told = ", ".join(
+                f"{task_name(t)} {100 * attrs['chances'][t]:.3g}" for t in attrs["tasks"] if t in attrs["chances"]
+            )
             errors += f" Guessing gives: {told}." if told else ""
         averaged = ", ".join(task_name(task) for task in attrs["average_tasks"])
         parts += ["**Accuracy**", "", _accuracies(frame, beside), "", f"{errors} Average: mean of {averaged}.", ""]
     parts += ["**Why the columns are comparable with the paper's, or not**", ""]
-    parts += [*(f"- {s['columns']}: {'comparable' if s['comparable'] else 'not comparable'}. {s['reason']}" for s in attrs["statements"]), ""]
+    parts += [
+        *(
+            f"- {s['columns']}: {'comparable' if s['comparable'] else 'not comparable'}. {s['reason']}"
+            for s in attrs["statements"]
+        ),
+        "",
+    ]
     if attrs["missing"]:
         parts += [f"missing: {'; '.join(attrs['missing'])}", ""]
     if attrs["slips"]:
-        parts += [f"Slips in the printed table, shown as printed ({SLIP}):", "", *(f"- {line}" for line in attrs["slips"]), ""]
+        parts += [
+            f"Slips in the printed table, shown as printed ({SLIP}):",
+            "",
+            *(f"- {line}" for line in attrs["slips"]),
+            "",
+        ]
     if set(attrs["read_off_chart"]) & set(frame["cell"]):
         parts += [f"{READ_OFF}: not in the printed table; read off the paper's figure 4, about 2 % either way.", ""]
     return parts
 
 
 def _speed(frame: pd.DataFrame, beside: str) -> str:
-    head = ["model", "parameters", "tokens", "val loss", "perplexity", "TPS", f"TPS, {beside}", "MFU %", f"MFU %, {beside}"]
+    head = [
+        "model",
+        "parameters",
+        "tokens",
+        "val loss",
+        "perplexity",
+        "TPS",
+        f"TPS, {beside}",
+        "MFU %",
+        f"MFU %, {beside}",
+    ]
     if (frame["seeds"] > 1).any():
         head.insert(1, "seeds")
     rows = []
@@ -235,7 +275,10 @@ def _number(value: Any, form: Callable[[float], str]) -> str:
 
 
 def _list(names: Sequence[str]) -> str:
-    return ", ".join(name if index == 0 or name in _PROPER else name.lower() for index, name in enumerate(names)) or "nothing"
+    return (
+        ", ".join(name if index == 0 or name in _PROPER else name.lower() for index, name in enumerate(names))
+        or "nothing"
+    )
 
 
 def _plain(value: Any) -> str:

@@ -1,0 +1,110 @@
+"""The folder of an artefact: its tables and figures, written from its records in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from flowhn.errors import UserError
+from flowhn.reporting import figures as draw
+from flowhn.reporting.record import RunRecord
+from flowhn.reporting.style import long_name
+from flowhn.reporting.tables import DASH, table1, write_table
+from flowhn.reporting.verdicts import verdicts
+
+# Name in configs/artefacts/*.yaml: how to draw it, and whether the records have what it takes.
+_FIGURES: dict[str, tuple[Callable[..., Any], Callable[[Sequence[RunRecord]], bool]]] = {
+    "figure4": (draw.figure4, draw.has_throughput),
+    "loss": (draw.loss_figure, draw.has_losses),
+    "loss_vs_time": (draw.loss_vs_time_figure, draw.has_losses),
+    "loss_vs_flops": (draw.loss_vs_flops_figure, draw.has_flops),
+}
+
+
+def write_artefact(
+    records: Sequence[RunRecord],
+    folder: Path,
+    *,
+    title: str,
+    figures: Sequence[str] = (),
+    expected: Sequence[str] | None = None,
+    notes: Sequence[str] = (),
+) -> list[Path]:
+    """Write ``table`` and ``verdicts`` as .md and .csv and ``<figure>.png`` each; returns the paths.
+
+    Args:
+        records: records of one size.
+        figures: names from ``figure4, loss, loss_vs_time, loss_vs_flops``. One for which the records have no numbers (a
+            run too short to time, no validation) is left out and named in the table's notes; an older picture of that
+            name is removed, so that no picture contradicts the table.
+        expected: cells that must have a row even without a record; None takes the paper's ten.
+
+    Raises:
+        UserError: no records, several sizes, an unknown figure, or records that cannot be pooled.
+    """
+    sizes = sorted({record.size for record in records})
+    if len(sizes) != 1:
+        raise UserError(
+            f"a table needs records of one size, these have {', '.join(sizes) or 'none'}; choose one with size="
+        )
+    unknown = [name for name in figures if name not in _FIGURES]
+    if unknown:
+        raise UserError(f"figures={unknown[0]} is not known; choose from {', '.join(_FIGURES)}")
+    frame = table1(records, size=sizes[0], expected=expected)
+    judged = verdicts(records)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written, notes = [], list(notes)
+    for name in figures:
+        function, can = _FIGURES[name]
+        path = folder / f"{name}.png"
+        if can(records):
+            options = {"expected": expected} if name == "figure4" else {}
+            function(records, path, size=sizes[0], **options)
+            written.append(path)
+        else:
+            path.unlink(missing_ok=True)
+            notes.append(f"{name}.png is not drawn: no record has the numbers for it.")
+    written += write_table(frame, folder, title=title, notes=notes)
+    heading = f"{title}: the paper's claims"
+    written += write_table(_readable(judged), folder, title=heading, notes=_VERDICT_NOTES, name="verdicts", full=judged)
+    return written
+
+
+_VERDICT_NOTES = (
+    "Computed from the records. Accuracy: difference of the averages in points with its 95 % interval. TPS and MFU: "
+    "ratio with a noise band.",
+    "partly: the direction is as claimed, the factor is not reached. Paper: the same figure from the paper's printed "
+    "numbers.",
+    "Intervals cover the choice of questions, not what another training seed would change.",
+)
+
+
+def _readable(judged: pd.DataFrame) -> pd.DataFrame:
+    """The columns of a verdict that a reader wants, as text."""
+
+    def figure(row: dict[str, Any], column: str) -> str:
+        value = row[column]
+        if pd.isna(value):
+            return DASH
+        return f"{value:+.2f}" if row["quantity"] == "average" else f"{value:.2f}x"
+
+    rows = []
+    for row in judged.to_dict("records"):
+        tested = row["verdict"] != "not testable"
+        rows.append(
+            {
+                "claim": row["sentence"],
+                "against": DASH if pd.isna(row["second"]) else long_name(row["second"]),
+                "ours": figure(row, "difference"),
+                "interval": f"{figure(row, 'low')} to {figure(row, 'high')}" if tested else DASH,
+                "paper": figure(row, "printed"),
+                "verdict": row["verdict"],
+                "holds": row["holds"],
+                "how": row["method"],
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,232 @@
+"""The paper's claims as data, each judged from run records alone.
+
+A verdict is ``better``, ``worse``, ``within noise`` or ``not testable``: how the first model stands to the second one.
+``holds`` says what that means for the claim: ``partly`` is the claimed direction without the
+claimed factor.
+
+Accuracies are compared by their mean over the tasks. Where both models' records have the answers to each question, the
+interval is a paired bootstrap over the questions of each task (95 %, seeds pooled as the mean of their answers);
+otherwise it is the normal one from both standard errors, which ignores the pairing and is wider. Neither covers
+what another seed of the training would change. Speeds are compared by their ratio, with :data:`SPEED_NOISE` either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+import pandas as pd
+
+from flowhn.reporting import paper
+from flowhn.reporting.cells import Cell, average_tasks, pool
+from flowhn.reporting.record import RunRecord
+from flowhn.reporting.style import long_name, size_name, sizes_in_order
+
+SPEED_NOISE = 0.03  # shares; run-to-run spread of timed windows on one machine
+_DRAWS = 10_000
+_CONFIDENCE = 0.95
+_Z = 1.96
+COLUMNS = (
+    "claim", "size", "sentence", "first", "second", "quantity", "ours_first", "ours_second", "difference", "stderr",
+    "low", "high", "claimed", "printed", "verdict", "holds", "method", "source",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Claim:
+    """``first`` beats each of ``seconds`` (``best``: all other models) in ``quantity``: average, tps or mfu.
+
+    ``factor`` is the claimed ratio, None where the paper only says more. ``sizes`` are those the paper claims it for;
+    other sizes are judged too and say so.
+    """
+
+    id: str
+    sentence: str
+    first: str
+    seconds: tuple[str, ...]
+    quantity: str
+    source: str
+    factor: float | None = None
+    sizes: tuple[str, ...] = paper.SIZES
+
+
+_ALL = "best"
+CLAIMS = (
+    Claim("no_split_best", "No_Split has the best average accuracy.", "flowhn_no", (_ALL,), "average", "table 1"),
+    Claim("fac_over_ae_fa", "FAC_Split beats AE_Split and FA_Split in accuracy.", "flowhn_fac",
+          ("flowhn_ae", "flowhn_fa"), "average", "table 1"),
+    Claim("fac_over_hybrids", "FAC_Split beats the sequential hybrids and Hymba in accuracy.", "flowhn_fac",
+          ("jamba", "shm", "hymba"), "average", "abstract"),
+    Claim("fac_over_hymba_tps", "FAC_Split has 3.7 times Hymba's tokens/s.", "flowhn_fac", ("hymba",), "tps",
+          "figure 4, 135M", factor=3.7, sizes=("135m",)),
+    Claim("fac_over_mamba2_tps", "FAC_Split has up to 4 times Mamba-2's tokens/s.", "flowhn_fac", ("mamba2",), "tps",
+          "abstract; figure 4, 1B", factor=4.0, sizes=("1b",)),
+    Claim("fac_over_mamba2_mfu", "FAC_Split has up to 2 times Mamba-2's MFU.", "flowhn_fac", ("mamba2",), "mfu",
+          "abstract; figure 4, 1B", factor=2.0, sizes=("1b",)),
+    Claim("ae_over_no_tps", "AE_Split is faster than No_Split.", "flowhn_ae", ("flowhn_no",), "tps", "table 1"),
+    Claim("fa_over_no_tps", "FA_Split is faster than No_Split.", "flowhn_fa", ("flowhn_no",), "tps", "table 1"),
+    Claim("fac_over_no_tps", "FAC_Split is faster than No_Split.", "flowhn_fac", ("flowhn_no",), "tps", "table 1"),
+)  # fmt: skip
+
+
+def verdicts(records: Iterable[RunRecord], *, size: str | None = None) -> pd.DataFrame:
+    """Judge every claim at every size of the records, a row per pair of models.
+
+    Columns: ``claim, size, sentence, first, second, quantity`` (average in per cent, tps, mfu in per cent),
+    ``ours_first, ours_second``, ``difference`` (points of accuracy, or the ratio for tps and mfu), its ``stderr``,
+    ``low`` and ``high`` (the 95 % interval, or the noise band of a ratio), ``claimed`` (factor), ``printed`` (the same
+    figure from the paper's numbers at that size, or at the claim's first size for a size of ours), ``verdict``,
+    ``holds`` (yes, no, partly, undecided or not testable), ``method`` and ``source``.
+
+    Raises:
+        UserError: the records cannot be pooled (see :func:`flowhn.reporting.cells.pool`).
+    """
+    records = list(records)
+    sizes = [size] if size is not None else sizes_in_order(record.size for record in records)
+    rows = []
+    for one in sizes:
+        cells = pool(records, one)
+        for claim in CLAIMS:
+            for second in claim.seconds:
+                rows.append(_judge(claim, second, one, cells))
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _judge(claim: Claim, second: str, size: str, cells: Mapping[str, Cell]) -> dict[str, object]:
+    row: dict[str, object] = dict.fromkeys(COLUMNS)
+    row |= {
+        "claim": claim.id,
+        "size": size,
+        "sentence": claim.sentence,
+        "quantity": claim.quantity,
+        "source": claim.source,
+    }
+    row |= {"claimed": claim.factor, "first": claim.first}
+    if second == _ALL:
+        second, gaps = _best_other(claim.first, cells)
+    else:
+        gaps = ""
+    row["second"] = second
+    row["printed"] = _printed(claim, second, size)
+    first = cells.get(claim.first)
+    other = cells.get(second) if second else None
+    absent = [long_name(name) for name in (claim.first, second) if name and name not in cells]
+    if first is None or other is None:
+        return row | _untestable(f"no record of {', '.join(absent) or 'any other model'}")
+    reason = _unlike(first, other, claim.quantity)
+    if reason:
+        return row | _untestable(reason)
+    judged = (
+        _compare_accuracy(first, other, cells) if claim.quantity == "average" else _compare_speed(first, other, claim)
+    )
+    if size not in claim.sizes:
+        judged["method"] = f"{judged['method']}; the paper claims it at {' and '.join(map(size_name, claim.sizes))}"
+    if gaps and judged["verdict"] != "not testable":
+        judged["method"] = f"{judged['method']}; {gaps}"
+        if judged["holds"] == "yes":  # the best of all was claimed, and not all are here
+            judged["holds"] = "undecided"
+    return row | judged
+
+
+def _best_other(first: str, cells: Mapping[str, Cell]) -> tuple[str | None, str]:
+    """The other model of the paper with the highest average, and a remark on the models that could not be looked at."""
+    others = [name for name in paper.table1()["cell"].unique() if name != first]
+    tasks = average_tasks(cells.values())
+    averages = {name: cells[name].average(tasks) for name in others if name in cells}
+    known = {name: value[0] for name, value in averages.items() if value is not None}
+    missing = [long_name(name) for name in others if name not in known]
+    best = max(known, key=known.__getitem__) if known else None
+    return best, f"left out for want of an average: {', '.join(missing)}" if missing else ""
+
+
+def _unlike(first: Cell, second: Cell, quantity: str) -> str:
+    """Why two models cannot be compared fairly, or an empty text."""
+    a, b = first.first, second.first
+    if quantity == "average":
+        if a.tokens != b.tokens:
+            return f"trained on different numbers of tokens ({a.tokens:,} and {b.tokens:,})"
+        if a.data.get("sha256") != b.data.get("sha256"):
+            return "trained on different data"
+        return "" if a.evaluation.get("suite") == b.evaluation.get("suite") else "evaluated on different suites"
+    if (a.device["name"], a.device.get("count")) != (b.device["name"], b.device.get("count")):
+        return f"measured on different devices ({a.device['name']} and {b.device['name']})"
+    return "" if a.seq_len == b.seq_len else "measured at different sequence lengths"
+
+
+def _compare_accuracy(first: Cell, second: Cell, cells: Mapping[str, Cell]) -> dict[str, object]:
+    tasks = average_tasks(cells.values())
+    a, b = first.average(tasks), second.average(tasks)
+    if a is None or b is None:
+        return _untestable("a model was not evaluated on all tasks")
+    difference = a[0] - b[0]
+    interval = paired_bootstrap(first, second, tasks)
+    if interval is not None:
+        error, low, high = interval
+        method = f"paired bootstrap over questions, 95 %, mean of {len(tasks)} tasks"
+    elif a[1] is None or b[1] is None:
+        return _untestable("the records have no standard errors")
+    else:
+        error = sqrt(a[1] ** 2 + b[1] ** 2)
+        low, high = difference - _Z * error, difference + _Z * error
+        method = f"difference with both standard errors, 95 %, unpaired, mean of {len(tasks)} tasks"
+    verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
+    return {
+        "ours_first": a[0], "ours_second": b[0], "difference": difference, "stderr": error, "low": low, "high": high,
+        "verdict": verdict, "holds": {"better": "yes", "worse": "no"}.get(verdict, "undecided"), "method": method,
+    }  # fmt: skip
+
+
+def paired_bootstrap(
+    first: Cell, second: Cell, tasks: Sequence[str], *, draws: int = _DRAWS, seed: int = 0
+) -> tuple[float, float, float] | None:
+    """Standard error and 95 % interval (points) of the difference in mean accuracy over tasks.
+
+    Questions are drawn with replacement within each task. None when a task lacks the answers to each question, or both
+    models' answers differ in number. Always the same result for the same records.
+    """
+    rng = np.random.default_rng(seed)
+    total = np.zeros(draws)
+    for task in tasks:
+        a, b = first.correct(task), second.correct(task)
+        if a is None or b is None or len(a) != len(b):
+            return None
+        # A resample is fully told by how often each distinct difference occurs, so draw those counts directly.
+        values, counts = np.unique(np.round(np.subtract(a, b), 9), return_counts=True)
+        total += rng.multinomial(len(a), counts / len(a), size=draws) @ values / len(a)
+    means = 100 * total / len(tasks)
+    tail = (1 - _CONFIDENCE) / 2
+    low, high = np.quantile(means, [tail, 1 - tail])
+    return float(means.std()), float(low), float(high)
+
+
+def _compare_speed(first: Cell, second: Cell, claim: Claim) -> dict[str, object]:
+    a, b = (getattr(cell, claim.quantity) for cell in (first, second))
+    if not a or not b:
+        return _untestable(f"no {claim.quantity.upper()} on record")
+    ratio = a / b
+    low, high = ratio * (1 - SPEED_NOISE), ratio * (1 + SPEED_NOISE)
+    verdict = "better" if low > 1 else "worse" if high < 1 else "within noise"
+    holds = {"better": "yes", "worse": "no"}.get(verdict, "undecided")
+    if claim.factor is not None and verdict == "better" and high < claim.factor:
+        holds = "partly"
+    return {
+        "ours_first": a, "ours_second": b, "difference": ratio, "low": low, "high": high, "verdict": verdict,
+        "holds": holds, "method": f"ratio, noise band {100 * SPEED_NOISE:.0f} %",
+    }  # fmt: skip
+
+
+def _untestable(reason: str) -> dict[str, object]:
+    return {"verdict": "not testable", "holds": "not testable", "method": reason}
+
+
+def _printed(claim: Claim, second: str | None, size: str) -> float | None:
+    """The same difference or ratio from the paper's own numbers as printed."""
+    where = size if size in paper.SIZES else claim.sizes[0]
+    frame = paper.table1() if claim.quantity == "average" else paper.figure4()
+    values = frame[frame["size"] == where].set_index("cell")[claim.quantity]
+    if claim.first not in values.index or second not in values.index:
+        return None
+    a, b = float(values[claim.first]), float(values[second])
+    return a - b if claim.quantity == "average" else a / b
