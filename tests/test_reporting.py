@@ -25,7 +25,7 @@ SIX = paper.TASKS
 
 
 def fake(cell, size="135m", seed=0, **changes) -> RunRecord:
-    """A record with ``acc`` (share, of every task), ``tps``, ``mfu``, ``loss``, ``tokens``, ``tasks``, ``correct``..."""
+    """A record; ``acc`` is the share right in every task, ``data`` the corpus; other names set fields of the record."""
     take = changes.pop
     acc, tps, loss = take("acc", 0.4), take("tps", 1000.0), take("loss", 4.0)
     mfu, n, tokens = take("mfu", 0.3), take("n", 1000), take("tokens", 60_000_000)
