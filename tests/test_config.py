@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from flowhn.config import compose, config_dir, groups, identity, parse_tokens, to_dict
 from flowhn.errors import UserError
 from flowhn.experiment import plan

@@ -25,7 +25,16 @@ MAY_IMPORT = {
     "evaluation": {"errors", "models", "data", "reporting.record"},
     "benchmark": {"errors", "models", "reporting.record"},
 }
-MODELS_THIRD_PARTY = {"torch", "einops", "numpy", "mamba_ssm", "flash_attn", "causal_conv1d", "triton", "selective_scan_cuda"}
+MODELS_THIRD_PARTY = {
+    "torch",
+    "einops",
+    "numpy",
+    "mamba_ssm",
+    "flash_attn",
+    "causal_conv1d",
+    "triton",
+    "selective_scan_cuda",
+}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -89,7 +98,9 @@ def test_readme_commands_exist():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     artefacts = {path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")}
-    lines = [line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", readme, re.S) for line in block.splitlines()]
+    lines = [
+        line.strip() for block in re.findall(r"```(?:bash|sh)\n(.*?)```", readme, re.S) for line in block.splitlines()
+    ]
     commands = [line.split("#")[0].split() for line in lines if line and not line.startswith("#")]
     assert commands, "the README shows no command"
     for words in commands:

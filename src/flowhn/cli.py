@@ -13,8 +13,8 @@ from flowhn.errors import UserError
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 _MENDS = {
-    errno.ENOSPC: "the disk is full: free some space, or set output_dir= and cache_dir= to another disk; finished runs are kept",
-    errno.EDQUOT: "the disk quota is used up: free some space, or set output_dir= and cache_dir= elsewhere; finished runs are kept",
+    errno.ENOSPC: "the disk is full: free some space, or set output_dir= and cache_dir= elsewhere; finished runs are kept",
+    errno.EDQUOT: "the disk quota is used up: free some space, or set output_dir= and cache_dir= elsewhere",
     errno.EROFS: "the file system is read-only: set output_dir= and cache_dir= to a folder that can be written",
     errno.EACCES: "permission denied: set output_dir= and cache_dir= to a folder that you may write",
 }

@@ -54,7 +54,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line above the bars."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def watch(self, name: str) -> Callable[[RunProgress], None]:
         """Begin run ``name``; returns the callback for its progress."""

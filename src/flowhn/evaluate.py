@@ -31,14 +31,29 @@ def _main(argv: Sequence[str]) -> int:
     from flowhn.config import compose, to_dict
     from flowhn.experiment import Workshop, write_json
     from flowhn.loading import load_run
+    from flowhn.training import resolve_hardware
 
-    config = to_dict(compose("train", args.overrides))
-    loaded = load_run(args.run)
-    result = Workshop().evaluate(loaded, config["eval"], device_name=config["trainer"]["accelerator"])
+    asked = to_dict(compose("train", args.overrides))
+    hardware = resolve_hardware(asked)
+    loaded = load_run(args.run, device=hardware.device)
+    config = {**loaded.config, "cache_dir": asked["cache_dir"]}
+    workshop = Workshop()
+    # The questions of eval=docs come from the run's own held-out documents.
+    needs_documents = any(task.startswith("docs_") for task in asked["eval"]["tasks"])
+    result = workshop.evaluate(
+        loaded.model,
+        loaded.tokenizer,
+        config,
+        suite=asked["eval"],
+        hardware=hardware,
+        heldout_file=workshop.prepare(config).heldout_file if needs_documents else None,
+    )
     path = args.run / f"eval-{config['eval']['name']}.json"
     write_json(path, result)
     for task, numbers in result["tasks"].items():
-        shown = "  ".join(f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float))
+        shown = "  ".join(
+            f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float) and key != "chance"
+        )
         sys.stdout.write(f"{task:<22}{shown}\n")
     sys.stdout.write(f"written: {path}\n")
     return 0

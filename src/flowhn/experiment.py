@@ -95,7 +95,8 @@ def summary(record: RunRecord) -> str:
         parts.append(f"validation loss {record.losses['final_val']:.3f}")
     if record.throughput["tps"] is not None:
         parts.append(f"{record.throughput['tps']:,.0f} tok/s")
-    accuracies = [100 * task["acc"] for task in record.evaluation["tasks"].values() if task.get("acc") is not None]
+    tasks = record.evaluation["tasks"].values()
+    accuracies = [100 * value for task in tasks if (value := task.get(task.get("metric", "acc"))) is not None]
     if accuracies:
         parts.append(f"mean accuracy {sum(accuracies) / len(accuracies):.1f} %")
     return ", ".join([*parts, f"{record.wall_seconds['total']:.0f} s"])
@@ -108,24 +109,24 @@ class Workshop:
         self._prepared: dict[str, Any] = {}
         self._evaluators: dict[str, Any] = {}
 
-    def prepare(self, run: Run, on_progress: Callable[[Progress], None], say: Callable[[str], None]) -> Any:
-        """Tokenised data of a run's configuration (built on first use, then memory-mapped).
+    def prepare(self, config: Mapping[str, Any], on_progress: Callable[[Progress], None] | None = None) -> Any:
+        """Tokenised data of a configuration (built on first use, then memory-mapped).
 
         Raises:
             UserError: the data cannot be read or is too short.
         """
         from flowhn.data import prepare
 
-        config = run.config
+        tell = on_progress or (lambda progress: None)
         key = config_hash({"data": config["data"], "vocab_size": config["vocab_size"], "seq_len": config["seq_len"]})
         if key not in self._prepared:
-            on_progress(Progress("data"))
+            tell(Progress("data"))
             self._prepared[key] = prepare(
                 config["data"],
                 vocab_size=config["vocab_size"],
                 seq_len=config["seq_len"],
                 cache_dir=Path(config["cache_dir"]) / "data",
-                report=lambda text: on_progress(Progress("data", text=text)),
+                report=lambda text: tell(Progress("data", text=text)),
             )
         return self._prepared[key]
 
@@ -154,7 +155,7 @@ class Workshop:
 
         begun = time.monotonic()
         write_json(run.folder / CONFIG_NAME, {"run_id": run.run_id, "name": run.name, "config": run.config})
-        prepared = self.prepare(run, on_progress, say)
+        prepared = self.prepare(run.config, on_progress)
         seed_everything(run.config["seed"])
         trained = _train(run, prepared, on_progress, say)
         evaluation = self._evaluate(run, prepared, trained, on_progress)
@@ -171,7 +172,7 @@ class Workshop:
         config: Mapping[str, Any],
         *,
         suite: Mapping[str, Any],
-        device: Any,
+        hardware: Any,
         heldout_file: Path | None,
         on_progress: Callable[[Progress], None] | None = None,
     ) -> dict[str, Any]:
@@ -180,6 +181,8 @@ class Workshop:
         Raises:
             UserError: the suite's data is missing or there is no tokenizer.
         """
+        import torch
+
         from flowhn.evaluation import Evaluator
 
         if not suite["tasks"]:
@@ -199,8 +202,9 @@ class Workshop:
         result = self._evaluators[key].run(
             model,
             tokenizer,
-            device=device,
+            device=hardware.device,
             max_length=config["seq_len"],
+            dtype=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
             on_progress=(lambda done, total: on_progress(Progress("eval", done, total))) if on_progress else None,
         )
         return {"suite": suite["name"], **result}
@@ -215,7 +219,7 @@ class Workshop:
             load_tokenizer(prepared) if prepared.tokenizer_file else None,
             run.config,
             suite=run.config["eval"],
-            device=trained.hardware.device,
+            hardware=trained.hardware,
             heldout_file=prepared.heldout_file,
             on_progress=on_progress,
         )
@@ -277,9 +281,8 @@ def _fit(
     )
     steps = total_steps(config, prepared)
     kernels = _kernels(model, hardware)
-    say(
-        f"{run.name}: {hardware.device}, {hardware.precision}, SSM scan by {kernels['ssm']}, attention by {kernels['attention']}"
-    )
+    taken = ", ".join(f"{kind} by {kernel}" for kind, kernel in kernels.items() if kernel)
+    say(f"{run.name}: {hardware.device}, {hardware.precision}, {taken}")
     data = TokenDataModule(
         prepared=prepared,
         batch_size=micro,

@@ -44,6 +44,11 @@ def _main(argv: Sequence[str]) -> int:
     folder = _write(name, artefact, wanted, others)
     if folder is not None:
         _show(folder)
+    if args.keep and folder is not None:
+        kept = Path("experiments") / name / folder.name
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder, kept)
+        sys.stdout.write(f"kept in {kept}: commit it to share the result\n")
     for cell, reason in failed.items():
         sys.stderr.write(f"error: {cell} has no record: {reason}\n")
     return 2 if failed else 0
@@ -64,6 +69,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="the artefacts and the paper's claim behind each")
     parser.add_argument("--dry-run", action="store_true", help="show the runs, their size and which records exist")
     parser.add_argument("--force", action="store_true", help="run again although records exist (they are deleted)")
+    parser.add_argument("--keep", action="store_true", help="copy table, figures and records to experiments/")
     args = parser.parse_intermixed_args(list(argv))
     if "=" in args.artefact:
         args.overrides.insert(0, args.artefact)
@@ -141,7 +147,7 @@ def _run_missing(artefact: dict[str, Any], runs: dict[str, Run]) -> dict[str, st
     with Display(title=artefact["title"], n_runs=len(missing)) as display:
         for cell, run in missing.items():
             watch = display.watch(cell)
-            workshop.prepare(run, watch, say=display.say)  # bad data stops everything: every cell reads the same
+            workshop.prepare(run.config, watch)  # bad data stops everything: every cell reads the same
             try:
                 record = workshop.run(run, watch, say=display.say)
             except UserError as error:
@@ -220,7 +226,7 @@ def _write(name: str, artefact: dict[str, Any], wanted: dict[str, Run], others: 
 
 def _show(folder: Path) -> None:
     sys.stdout.write((folder / "table.md").read_text(encoding="utf-8"))
-    sys.stdout.write("\nwritten:\n" + "".join(f"  {path}\n" for path in sorted(folder.iterdir()) if path.is_file()))
+    sys.stdout.write("\nwritten:\n" + "".join(f"  {path}\n" for path in sorted(folder.iterdir())))
 
 
 if __name__ == "__main__":

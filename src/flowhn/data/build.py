@@ -78,9 +78,8 @@ def build_text(
         total = _write_rows(writer, tokens, seq_len=seq_len, pad_id=tokenizer.pad_id, packing=packing)
         if not writer.n_rows:
             more = "give more text" if part == "train" else "raise data.val_fraction or give a longer data.val_path"
-            raise UserError(
-                f"seq_len={seq_len} is longer than the {part} part of the data ({total} tokens); lower seq_len or {more}"
-            )
+            size = f"the {part} part of the data ({total} tokens)"
+            raise UserError(f"seq_len={seq_len} is longer than {size}; lower seq_len or {more}")
         writers[part] = writer
     stats = {
         "tokenizer_size": tokenizer.vocab_size,
@@ -222,7 +221,6 @@ def _write_rows(writer: RowWriter, tokens: Any, *, seq_len: int, pad_id: int, pa
             if len(batch) == 1024:
                 _write_padded(writer, batch)
         _write_padded(writer, batch)
-    writer.close()
     return total
 
 
@@ -233,9 +231,7 @@ def _write_padded(writer: RowWriter, batch: list[tuple[np.ndarray, int]]) -> Non
 
 
 def _row_writer(folder: Path, part: str, digest: Any, *, seq_len: int, vocab_size: int, padded: bool) -> RowWriter:
-    return RowWriter(
-        folder / f"{part}.rows", seq_len=seq_len, vocab_size=vocab_size, padded=padded, digest=digest
-    )
+    return RowWriter(folder / f"{part}.rows", seq_len=seq_len, vocab_size=vocab_size, padded=padded, digest=digest)
 
 
 def _dataset(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""The cache of prepared data: one folder per hash of everything that shapes the tokens, finished or not there at all."""
+"""The cache of prepared data: a folder per hash of everything that shapes the tokens, finished or not there at all."""
 
 from __future__ import annotations
 

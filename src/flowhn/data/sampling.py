@@ -48,7 +48,9 @@ class GlobalOrderSampler(Sampler[int]):
         rank, world_size: this device and the number of devices.
     """
 
-    def __init__(self, *, order: SampleOrder, n_samples: int, start: int = 0, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, *, order: SampleOrder, n_samples: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.order, self.n_samples, self.start = order, n_samples, start
         self.rank, self.world_size = rank, world_size
 

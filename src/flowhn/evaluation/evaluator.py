@@ -47,6 +47,7 @@ class Evaluator:
         shutil.rmtree(work_dir, ignore_errors=True)
         self._write_tasks(work_dir, heldout_file, seed)
         with _quiet():
+            self._limit = limit
             self._tasks = _load_tasks(work_dir, list(self.suite["tasks"]), self.suite.get("data_dir"))
             for task in self._tasks.values():
                 size = min(limit, len(task.eval_docs)) if limit else None
@@ -92,7 +93,12 @@ class Evaluator:
         model.eval()
         adapter = FlowHNLM(model, tokenizer, device=device, max_length=max_length, dtype=dtype, on_progress=on_progress)
         with _quiet(), _keep_requests(self._tasks.values()):
-            out = evaluate(adapter, {"tasks": self._tasks, "groups": {}, "group_map": {}}, bootstrap_iters=_BOOTSTRAP)
+            out = evaluate(
+                adapter,
+                {"tasks": self._tasks, "groups": {}, "group_map": {}},
+                limit=self._limit,
+                bootstrap_iters=_BOOTSTRAP,
+            )
         model.train(was_training)
         tasks = {name: _numbers(name, out["results"][name], out["samples"][name]) for name in self._tasks}
         return {"tasks": tasks, "seconds": time.monotonic() - begun}

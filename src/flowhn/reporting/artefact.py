@@ -10,7 +10,7 @@ import pandas as pd
 
 from flowhn.errors import UserError
 from flowhn.reporting import figures as draw
-from flowhn.reporting.record import RunRecord
+from flowhn.reporting.record import RunRecord, write_record
 from flowhn.reporting.style import long_name
 from flowhn.reporting.tables import DASH, table1, write_table
 from flowhn.reporting.verdicts import verdicts
@@ -33,7 +33,7 @@ def write_artefact(
     expected: Sequence[str] | None = None,
     notes: Sequence[str] = (),
 ) -> list[Path]:
-    """Write ``table`` and ``verdicts`` as .md and .csv and ``<figure>.png`` each; returns the paths.
+    """Write ``table`` and ``verdicts`` as .md and .csv, ``<figure>.png`` each and ``records/``; returns the paths.
 
     Args:
         records: records of one size.
@@ -69,9 +69,21 @@ def write_artefact(
             path.unlink(missing_ok=True)
             notes.append(f"{name}.png is not drawn: no record has the numbers for it.")
     written += write_table(frame, folder, title=title, notes=notes)
+    written += _keep_records(records, folder / "records")
     heading = f"{title}: the paper's claims"
     written += write_table(_readable(judged), folder, title=heading, notes=_VERDICT_NOTES, name="verdicts", full=judged)
     return written
+
+
+def _keep_records(records: Sequence[RunRecord], folder: Path) -> list[Path]:
+    """Put a copy of each record beside the table made from them, and nothing else: the folder is the table's source."""
+    paths = {folder / f"{record.cell}-s{record.seed}.json": record for record in records}
+    for old in folder.glob("*.json") if folder.is_dir() else ():
+        if old not in paths:
+            old.unlink()
+    for path, record in paths.items():
+        write_record(path, record)
+    return list(paths)
 
 
 _VERDICT_NOTES = (

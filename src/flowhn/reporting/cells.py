@@ -51,6 +51,10 @@ class Cell:
         shared = set.intersection(*(set(record.evaluation["tasks"]) for record in self.records))
         return sort_tasks(task for task in shared if self.accuracy(task) is not None)
 
+    def metric(self, task: str) -> str:
+        """Name of the accuracy that counts for a task: the record's own word for it, else lm-eval's ``acc``."""
+        return str(self.records[0].evaluation["tasks"].get(task, {}).get("metric") or "acc")
+
     def accuracy(self, task: str) -> tuple[float, float | None] | None:
         """Accuracy and standard error in per cent.
 
@@ -58,8 +62,9 @@ class Cell:
         bound, where treating them as independent would understate it.
         """
         results = [record.evaluation["tasks"].get(task, {}) for record in self.records]
-        mean = _mean(result.get("acc") for result in results)
-        error = _mean(result.get("acc_stderr") for result in results)
+        metric = self.metric(task)
+        mean = _mean(result.get(metric) for result in results)
+        error = _mean(result.get(f"{metric}_stderr") for result in results)
         return None if mean is None else (100 * mean, None if error is None else 100 * error)
 
     def average(self, tasks: Sequence[str]) -> tuple[float, float | None] | None:
@@ -73,7 +78,8 @@ class Cell:
 
     def correct(self, task: str) -> list[float] | None:
         """Per question the share of seeds that were right (the record's ``correct``); None where a seed lacks it."""
-        strings = [(r.evaluation["tasks"].get(task, {}).get("correct") or {}).get("acc") for r in self.records]
+        tasks = [record.evaluation["tasks"].get(task, {}) for record in self.records]
+        strings = [(result.get("correct") or {}).get(self.metric(task)) for result in tasks]
         if not all(isinstance(text, str) and text and set(text) <= {"0", "1"} for text in strings):
             return None
         if len({len(text) for text in strings}) != 1:

@@ -195,7 +195,7 @@ _INNER: dict[tuple[str, str], tuple[Callable[[Any], bool], str]] = {
     ("throughput", "flops_per_token"): (_or_null(_is_number), "a number or null"),
     ("evaluation", "tasks"): (lambda value: isinstance(value, dict), "an object"),
 }
-_TASK_NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n", "chance")
+_TASK_NUMBERS = ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "acc_mutual_info", "n", "chance")
 
 
 def _check(content: Mapping[str, Any], path: Path) -> None:

@@ -134,6 +134,9 @@ def _remarks(
         "tasks": list(tasks),
         "average_tasks": list(averaged),
         "chances": chances,
+        "metrics": {
+            task: cell.metric(task) for cell in cells.values() for task in cell.tasks if cell.metric(task) != "acc"
+        },
         "statements": [asdict(statement) for statement in statements(cells, size, tasks)],
         "warnings": row_warnings(cells),
         "missing": _missing(frame, tasks),
@@ -188,6 +191,8 @@ def _table1_markdown(frame: pd.DataFrame) -> list[str]:
                 f"{task_name(t)} {100 * attrs['chances'][t]:.3g}" for t in attrs["tasks"] if t in attrs["chances"]
             )
             errors += f" Guessing gives: {told}." if told else ""
+        for task, metric in attrs["metrics"].items():
+            errors += f" {task_name(task).capitalize()}: lm-eval's {metric}."
         averaged = ", ".join(task_name(task) for task in attrs["average_tasks"])
         parts += ["**Accuracy**", "", _accuracies(frame, beside), "", f"{errors} Average: mean of {averaged}.", ""]
     parts += ["**Why the columns are comparable with the paper's, or not**", ""]

@@ -22,7 +22,19 @@ from flowhn.errors import UserError
 # Tests and bundled third-party code are not documentation; the codec tables of `encodings` carry one generated sentence
 # each; the reference topics are read separately.
 SKIPPED_FOLDERS = frozenset(
-    "__pycache__ dist-packages encodings ensurepip idlelib lib2to3 pydoc_data site-packages test tests turtledemo".split()
+    [
+        "__pycache__",
+        "dist-packages",
+        "encodings",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "site-packages",
+        "test",
+        "tests",
+        "turtledemo",
+    ]
 )
 MIN_CHARS = 24  # shorter docstrings are labels such as "Return a copy."
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")

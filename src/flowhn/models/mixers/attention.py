@@ -129,9 +129,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head)).transpose(1, 2)
         return self._rotate(k, positions), v
 
-    def forward(
-        self, x: Tensor, *, positions: Tensor | None = None, kv: tuple[Tensor, Tensor] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *, positions: Tensor | None = None, kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """x (B, T, D) -> (B, T, D).
 
         Args:

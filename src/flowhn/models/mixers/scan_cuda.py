@@ -15,9 +15,7 @@ from torch import Tensor
 _TOKENS_PER_STATE = 2048  # the kernel keeps one state for each 2048 tokens
 
 
-def mamba_ssm_scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor
-) -> Tensor:
+def mamba_ssm_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, delta_bias: Tensor) -> Tensor:
     """:func:`flowhn.models.mixers.scan.selective_scan` on mamba_ssm's kernel; u, delta (B, T, E), B, C (B, T, N)."""
     channels_first = [t.to(u.dtype).transpose(1, 2).contiguous() for t in (u, delta, B, C)]
     u_t, delta_t, B_t, C_t = channels_first

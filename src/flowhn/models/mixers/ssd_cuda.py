@@ -56,9 +56,7 @@ def kernel_backward(
 
 
 @kernel_forward.register_fake
-def _(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, chunk_size: int
-) -> Tensor:
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor, chunk_size: int) -> Tensor:
     return x.new_empty(x.shape)
 
 
