@@ -80,7 +80,8 @@ def test_there_is_no_utils():
 
 @pytest.mark.parametrize("module", ["flowhn", "flowhn.errors", "flowhn.reporting.record", "flowhn.reproduce"])
 def test_light_modules_import_nothing_heavy(module):
-    code = f"import sys, {module}; print(sorted({{'torch', 'lightning', 'datasets', 'lm_eval', 'pandas', 'matplotlib'}} & set(sys.modules)))"
+    heavy = {"torch", "lightning", "datasets", "lm_eval", "pandas", "matplotlib"}
+    code = f"import sys, {module}; print(sorted({heavy!r} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

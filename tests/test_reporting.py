@@ -425,7 +425,10 @@ def test_artefact_folder(tmp_path):
     wanted = ["figure4", "loss", "loss_vs_time", "loss_vs_flops"]
     written = write_artefact(ten(), tmp_path, title="Table 1", figures=wanted)
     names = {"table.md", "table.csv", "verdicts.md", "verdicts.csv", *(f"{name}.png" for name in wanted)}
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in written} == names
+    kept = {f"{record.cell}-s0.json" for record in ten()}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"records"}
+    assert {path.name for path in (tmp_path / "records").iterdir()} == kept
+    assert {path.name for path in written} == names | kept
     assert all(path.stat().st_size > 500 for path in written)
     first = (tmp_path / "table.md").read_bytes()
     write_artefact(ten(), tmp_path, title="Table 1", figures=wanted)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from flowhn.data.corpora import Corpus
 from flowhn.data.packing import RowWriter, packed_rows, padded_row, token_dtype, unigram_cross_entropy
-from flowhn.data.prepared import HELDOUT_NAME, STATS_NAME
+from flowhn.data.prepared import HELDOUT_NAME, STATS_NAME, TOKENIZER_NAMES
 from flowhn.data.tokenization import TextTokenizer, import_tokenizer, open_tokenizer, train_bpe
 from flowhn.errors import UserError
 
@@ -36,9 +36,9 @@ def build_random(folder: Path, spec: Mapping[str, Any], *, vocab_size: int, seq_
     digest = hashlib.sha256()
     writers = {}
     for index, (part, key) in enumerate(zip(PARTS, ("n_rows", "n_val_rows"), strict=True)):
-        count = int(spec.get(key) or 0)
-        if count < 1:
-            raise UserError(f"data.{key}={spec.get(key)} must be at least 1")
+        count = spec.get(key)
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"data.{key}={count} must be a whole number of rows, at least 1")
         generator = np.random.default_rng([int(spec.get("seed") or 0), index])
         writer = _row_writer(folder, part, digest, seq_len=seq_len, vocab_size=vocab_size, padded=False)
         for start in range(0, count, 1024):
@@ -61,13 +61,19 @@ def build_text(
     Raises:
         UserError: documents that cannot be read, a tokeniser larger than the vocabulary, too little text for one row.
     """
+    source = str(spec.get("tokenizer") or "train")
+    if source != "train":  # first, because reading a large corpus may take hours
+        import_tokenizer(source, folder)
+        _open_tokenizer(folder, vocab_size)
     report("reading documents")
     read = _write_pieces(corpus, folder)
     for part in PARTS:
         if not read[part]["documents"]:
             raise UserError(f"data.path gives no {part} document; change data.val_fraction or data.val_path")
-    report("preparing the tokenizer")
-    tokenizer = _make_tokenizer(folder, spec, vocab_size, read["train"]["chars"])
+    if source == "train":
+        report("training the tokenizer")
+        _train_tokenizer(folder, vocab_size, read["train"]["chars"])
+    tokenizer = _open_tokenizer(folder, vocab_size)
     packing = str(spec.get("packing") or "pack")
     digest = hashlib.sha256()
     writers = {}
@@ -142,16 +148,15 @@ def cut_pieces(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
-def _make_tokenizer(folder: Path, spec: Mapping[str, Any], vocab_size: int, chars: int) -> TextTokenizer:
-    source = str(spec.get("tokenizer") or "train")
-    if source == "train":
-        stride = -(-chars // TRAINING_CHARS)
-        pieces = _dataset(folder / "train.pieces")
-        texts = (pieces[index]["text"] for index in range(0, len(pieces), stride))
-        train_bpe(texts, vocab_size=vocab_size).save(str(folder / "tokenizer.json"))
-    else:
-        import_tokenizer(source, folder)
-    path = next(folder / name for name in ("tokenizer.json", "tokenizer") if (folder / name).exists())
+def _train_tokenizer(folder: Path, vocab_size: int, chars: int) -> None:
+    stride = -(-chars // TRAINING_CHARS)
+    pieces = _dataset(folder / "train.pieces")
+    texts = (pieces[index]["text"] for index in range(0, len(pieces), stride))
+    train_bpe(texts, vocab_size=vocab_size).save(str(folder / "tokenizer.json"))
+
+
+def _open_tokenizer(folder: Path, vocab_size: int) -> TextTokenizer:
+    path = next(folder / name for name in TOKENIZER_NAMES if (folder / name).exists())
     tokenizer = open_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(

@@ -55,8 +55,8 @@ def _as_is(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 class TokenDataModule(LightningDataModule):
     """Batches of a run.
 
-    The training loader serves ``n_train_samples`` rows over all devices, drawn from as many passes over the data as that
-    takes, in an order that depends on the seed alone. The trainer must leave the sampler alone
+    The training loader serves ``n_train_samples`` rows over all devices, drawn from as many passes over the data as
+    that takes, in an order that depends on the seed alone. The trainer must leave the sampler alone
     (``use_distributed_sampler=False``): each device already takes its own share.
 
     Args:

@@ -1,7 +1,8 @@
 """Token streams to rows of ``seq_len + 1`` tokens, written as Arrow.
 
-A row's inputs are ``row[:-1]`` and its targets ``row[1:]``. Packed rows overlap by one token, so every token of the stream
-but the first is a target exactly once. Padded rows hold one document each, truncated or filled up (the published way).
+A row's inputs are ``row[:-1]`` and its targets ``row[1:]``. Packed rows overlap by one token, so every token of the
+stream but the first is a target exactly once. Padded rows hold one document each, truncated or filled up (the published
+way).
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ class PreparedData:
     Attributes:
         dir: the cache folder.
         stats: numbers of the set. ``n_train_tokens`` and ``n_val_tokens`` count prediction targets for packed rows, and
-            real (unpadded) input tokens for padded ones; ``unigram_entropy_nats`` is the cross-entropy in nats per token
-            of the training unigram distribution (add-one smoothing) on the validation targets; ``sha256`` is the hash of
-            all rows, training first.
+            real (unpadded) input tokens for padded ones; ``unigram_entropy_nats`` is the cross-entropy in nats per
+            token of the training unigram distribution (add-one smoothing) on the validation targets; ``sha256`` is the
+            hash of all rows, training first.
         loss_on_padding: whether targets on padding count in the loss (the published code's way).
     """
 
@@ -50,7 +50,7 @@ class PreparedData:
 
     @cached_property
     def train(self) -> Dataset:
-        """Training rows, memory mapped: ``input_ids`` of ``seq_len + 1`` tokens, and ``n_real`` where rows are padded."""
+        """Training rows, memory mapped: ``input_ids`` of ``seq_len + 1`` tokens; ``n_real`` where rows are padded."""
         return self._rows("train")
 
     @cached_property
@@ -71,7 +71,7 @@ class PreparedData:
 
     @property
     def tokens_per_row(self) -> float:
-        """Tokens of a training row that count toward the budget: ``seq_len`` when packed, fewer on average when padded."""
+        """Tokens of a training row that count toward the budget: ``seq_len`` when packed, fewer when padded."""
         return self.stats["n_train_tokens"] / self.stats["n_train_rows"]
 
     def _rows(self, part: str) -> Dataset:

@@ -1,6 +1,8 @@
 """``eval=docs``: two tasks made from held-out documents, in lm-eval's own form (JSON lines and YAML).
 
 - ``docs_continuation``: which of four passages continues this one? The three others are taken from other documents. Chance: 25 %.
+  Scored by lm-eval's ``acc_mutual_info``: the choice whose log-likelihood the context raises most. A passage's own
+  log-likelihood says mostly how common its words are, and a small model's plain accuracy stays at chance.
 - ``docs_lastword``: the last word of a passage, which also occurs earlier in it (as most of LAMBADA's do).
 
 Both are deterministic in the documents and the seed.
@@ -33,7 +35,8 @@ doc_to_choice: "{{{{choices}}}}"
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
-metadata: {{version: 1.0}}
+  - {{metric: acc_mutual_info, aggregation: mean, higher_is_better: true}}
+metadata: {{version: 1.1}}
 """
 _LASTWORD_YAML = """task: docs_lastword
 dataset_path: json

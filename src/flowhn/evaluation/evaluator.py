@@ -84,7 +84,8 @@ class Evaluator:
         Returns:
             ``{"tasks": {task: numbers}, "seconds": s}``. The numbers are lm-eval's (``acc``, ``acc_stderr``, ``acc_norm``,
             ``acc_norm_stderr``, ``perplexity``, ``perplexity_stderr``, where the task has them), with ``n`` questions,
-            the accuracy of guessing as ``chance`` and ``correct``: for each accuracy, one 0 or 1 per question.
+            the accuracy of guessing as ``chance``, ``correct``: for each accuracy, one 0 or 1 per question, and the
+            name of the accuracy that tables show as ``metric``.
         """
         from lm_eval.evaluator import evaluate
 
@@ -144,9 +145,10 @@ def _numbers(name: str, results: Mapping[str, Any], samples: list[Mapping[str, A
     ordered = sorted(samples, key=lambda sample: sample["doc_id"])
     found["correct"] = {
         metric: "".join(str(int(sample[metric])) for sample in ordered)
-        for metric in ("acc", "acc_norm")
+        for metric in ("acc", "acc_norm", "acc_mutual_info")
         if ordered and metric in ordered[0]
     }
+    found["metric"] = "acc_mutual_info" if "acc_mutual_info" in found["correct"] else "acc"
     return found
 
 

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 
 _BATCH_TOKENS = 8192  # of one forward pass: fills a laptop's caches, and a GPU well enough
+_LOGITS_NUMBERS = 2**28  # logits held at once: 1 GiB in fp32
 
 
 class Tokenizer(Protocol):
@@ -88,23 +90,46 @@ class FlowHNLM(TemplateLM):
             ids, lengths = self._pad(inputs)
             with self._autocast():
                 hidden = self.model.body(ids)  # (B, T, D)
+            asked = []  # (request, row, first scored position, target)
             for row, key in enumerate(inputs):
                 for index in by_input[key]:
                     target = requests[index][2][-lengths[row] :]
-                    results[index] = self._score(hidden[row, lengths[row] - len(target) : lengths[row]], target)
-                    done += 1
+                    asked.append((index, row, lengths[row] - len(target), target))
+            scores = self._score(hidden, [question[1:] for question in asked])
+            for (index, *_), score in zip(asked, scores, strict=True):
+                results[index] = score
+            done += len(asked)
             self._on_progress(done, len(requests))
         return results
 
-    def _score(self, hidden: Tensor, target: Sequence[int]) -> tuple[float, bool]:
-        """``hidden`` (n, D) at the positions that predict the n tokens of ``target``."""
-        with self._autocast():
-            logits = self.model.lm_head(hidden)
-        log_probs = torch.log_softmax(logits.float(), dim=-1)  # (n, V)
-        wanted = torch.tensor(target, device=hidden.device)
-        total = log_probs.gather(1, wanted[:, None]).sum()
-        greedy = (log_probs.argmax(dim=-1) == wanted).all()
-        return float(total), bool(greedy)
+    def _score(self, hidden: Tensor, asked: Sequence[tuple[int, int, Sequence[int]]]) -> list[tuple[float, bool]]:
+        """Score each (row, first position, target) of ``hidden`` (B, T, D).
+
+        The LM head sees every needed position once, however many targets ask for it, and a bounded number at a time.
+        """
+        owner = np.repeat(np.arange(len(asked)), [len(target) for *_, target in asked])
+        place = np.concatenate(
+            [np.arange(first, first + len(target)) + row * hidden.shape[1] for row, first, target in asked]
+        )
+        wanted = np.concatenate([np.asarray(target) for *_, target in asked])
+        places, at = np.unique(place, return_inverse=True)
+        rows = max(1, _LOGITS_NUMBERS // self.model.lm_head.weight.shape[0])
+        totals = torch.zeros(len(asked), dtype=torch.float64)
+        greedy = torch.ones(len(asked), dtype=torch.bool)
+        for start in range(0, len(places), rows):
+            part = torch.from_numpy(places[start : start + rows]).to(hidden.device)
+            with self._autocast():
+                logits = self.model.lm_head(hidden.flatten(0, 1)[part])
+            logits = logits.float()  # (n, V)
+            inside = np.flatnonzero((at >= start) & (at < start + rows))
+            index = torch.from_numpy(at[inside] - start).to(hidden.device)
+            target = torch.from_numpy(wanted[inside]).to(hidden.device)
+            log_probs = logits[index, target] - logits.logsumexp(dim=-1)[index]
+            right = logits.argmax(dim=-1)[index] == target
+            owners = torch.from_numpy(owner[inside])
+            totals.index_add_(0, owners, log_probs.double().cpu())
+            greedy[owners[~right.cpu()]] = False
+        return list(zip(totals.tolist(), greedy.tolist(), strict=True))
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """Log-likelihood of whole texts: disjoint windows of ``max_length`` with one token of context, as ``HFLM`` does."""

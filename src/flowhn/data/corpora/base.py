@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from flowhn.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,22 @@ class Corpus(Protocol):
 
     def documents(self) -> Iterator[Document]:
         """All documents, in an order that is the same on each call."""
+
+
+def read_fraction(spec: Mapping[str, Any]) -> float:
+    """The held-out share of a data config, ``val_fraction``.
+
+    Raises:
+        UserError: not a number between 0 and 1.
+    """
+    value = spec.get("val_fraction")
+    try:
+        fraction = float(value)
+    except (TypeError, ValueError):
+        fraction = 0.0
+    if not 0 < fraction < 1:
+        raise UserError(f"data.val_fraction={value} must lie between 0 and 1, for example 0.05")
+    return fraction
 
 
 def uniform_hash(text: str) -> float:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from flowhn.data.corpora.base import Document, uniform_hash
+from flowhn.data.corpora.base import Document, read_fraction, uniform_hash
 from flowhn.errors import UserError
 
 # Tests and bundled third-party code are not documentation; the codec tables of `encodings` carry one generated sentence
@@ -49,9 +49,7 @@ class DocsCorpus:
     """
 
     def __init__(self, spec: Mapping[str, Any], *, root: Path | None = None) -> None:
-        self.val_fraction = float(spec.get("val_fraction") or 0.0)
-        if not 0 < self.val_fraction < 1:
-            raise UserError(f"data.val_fraction={spec.get('val_fraction')} must lie between 0 and 1, for example 0.06")
+        self.val_fraction = read_fraction(spec)
         self.root = root or Path(sysconfig.get_path("stdlib"))
 
     def fingerprint(self) -> dict[str, Any]:

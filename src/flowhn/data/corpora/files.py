@@ -5,17 +5,20 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flowhn.data.corpora.base import Document, uniform_hash
+from flowhn.data.corpora.base import Document, read_fraction, uniform_hash
 from flowhn.data.corpora.readers import SUFFIXES, is_supported, read_documents
 from flowhn.errors import UserError
 
-# With fewer documents than this a hash would give validation nothing or nearly everything, so the tail of each document
-# is held out instead.
+# A hash below the fraction holds out about that share of many documents. Of a small corpus, which fits into memory, the
+# documents with the lowest hashes are taken, so that the share is met; of fewer documents than this, each one's end.
 FEW_DOCUMENTS = 10
+SMALL_DOCUMENTS = 1000
+SMALL_CHARS = 100_000_000
 WHOLE_HASH_BYTES = 256 * 2**20
 
 
@@ -23,9 +26,9 @@ class FilesCorpus:
     """Documents of one or more local files.
 
     Args:
-        spec: ``path`` (file, folder, glob or a list of these), ``val_path`` (the same, or null), ``val_fraction`` (used
-            where there is no ``val_path``), ``text_key`` (field or column of JSON lines and Parquet), ``separator`` (the
-            line between documents of a text file).
+        spec: ``path`` (file, folder, glob or a list of these), ``val_path`` (the same, or null), ``val_fraction``
+            (used where there is no ``val_path``), ``text_key`` (field or column of JSON lines and Parquet),
+            ``separator`` (the line between documents of a text file).
 
     Raises:
         UserError: a path that is missing, empty or of unknown type, or a fraction out of range.
@@ -38,34 +41,46 @@ class FilesCorpus:
         self.separator = str(spec.get("separator") or "<|endoftext|>")
         self.paths = resolve_paths(spec["path"], "data.path")
         self.val_paths = resolve_paths(spec["val_path"], "data.val_path") if spec.get("val_path") else []
-        self.val_fraction = float(spec.get("val_fraction") or 0.0)
-        if not self.val_paths and not 0 < self.val_fraction < 1:
-            raise UserError(
-                f"data.val_fraction={spec.get('val_fraction')} must lie between 0 and 1, or set data.val_path=FILE"
-            )
+        self.val_fraction = 0.0 if self.val_paths else read_fraction(spec)
 
     def fingerprint(self) -> dict[str, Any]:
         """Hashes of the files, in reading order; where they lie does not matter."""
         return {"files": [file_hash(path) for path in self.paths], "val": [file_hash(path) for path in self.val_paths]}
 
     def documents(self) -> Iterator[Document]:
-        """Documents of ``path`` in file order, then those of ``val_path``; streamed, one document in memory at a time."""
+        """Documents of ``path`` in file order, then those of ``val_path``; streamed, one in memory at a time."""
         texts = self._read(self.paths, "data.path")
         if self.val_paths:
             yield from (Document(name, text, False) for name, text in texts)
             yield from (Document(name, text, True) for name, text in self._read(self.val_paths, "data.val_path"))
             return
-        first = list(itertools.islice(texts, FEW_DOCUMENTS))
-        if len(first) < FEW_DOCUMENTS:
-            for name, text in first:
-                yield from _cut_tail(name, text, self.val_fraction)
-            return
+        first, is_small = _read_ahead(texts)
+        threshold = self.val_fraction
+        if is_small:
+            hashes = sorted({uniform_hash(text) for _, text in first})
+            if len(hashes) < FEW_DOCUMENTS:
+                for name, text in first:
+                    yield from _cut_tail(name, text, self.val_fraction)
+                return
+            threshold = hashes[max(1, round(self.val_fraction * len(hashes)))]
         for name, text in itertools.chain(first, texts):
-            yield Document(name, text, uniform_hash(text) < self.val_fraction)
+            yield Document(name, text, uniform_hash(text) < threshold)
 
     def _read(self, paths: Sequence[Path], key: str) -> Iterator[tuple[str, str]]:
         for path in paths:
             yield from read_documents(path, key=key, text_key=self.text_key, separator=self.separator)
+
+
+def _read_ahead(texts: Iterator[tuple[str, str]]) -> tuple[list[tuple[str, str]], bool]:
+    """The first documents, and whether they are all there are."""
+    first: list[tuple[str, str]] = []
+    chars = 0
+    for document in texts:
+        first.append(document)
+        chars += len(document[1])
+        if len(first) >= SMALL_DOCUMENTS or (len(first) >= FEW_DOCUMENTS and chars > SMALL_CHARS):
+            return first, False
+    return first, True
 
 
 def _cut_tail(name: str, text: str, fraction: float) -> Iterator[Document]:
@@ -83,7 +98,7 @@ def resolve_paths(value: str | Path | Sequence[str | Path], key: str) -> list[Pa
     Raises:
         UserError: nothing is there, or a file's type is unknown.
     """
-    values = [value] if isinstance(value, str | Path) else list(value)
+    values = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     found: list[Path] = []
     for item in values:
         path = Path(str(item)).expanduser()
@@ -104,6 +119,8 @@ def resolve_paths(value: str | Path | Sequence[str | Path], key: str) -> list[Pa
     for path in found:
         if not is_supported(path):
             raise UserError(f"{key}={path} has an unknown type; readable are {', '.join(SUFFIXES)}")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{key}={path} cannot be read by this user; change its permissions")
         if path.stat().st_size == 0:
             raise UserError(f"{key}={path} is empty; give a file with text in it")
     return found

@@ -89,7 +89,7 @@ def _lines(path: Path, key: str) -> Iterator[str]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}={path} is not UTF-8 (line {number + 1}); convert it, for example with iconv") from error
+        raise UserError(f"{key}={path} is not UTF-8 (line {number}); convert it, for example with iconv") from error
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{key}={path} is damaged or cut short ({error}); fetch or pack it again") from error
 
