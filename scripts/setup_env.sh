@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Make .venv with this package installed, once; a later call returns at once.
 #   scripts/setup_env.sh [EXTRA,...]        extras of pyproject.toml: dev, gpu, wandb
+# What it installs is pinned with hashes in requirements.lock (with dev: requirements-dev.lock), except torch, whose builds differ by
+# machine, and the extras gpu and wandb.
 # PYTHON=/path/to/python3.12   which interpreter to use        TORCH_INDEX_URL=...   where to take torch from (for example a CPU build)
+# TORCH='torch>=2.8,<2.14'     another version of torch        UNLOCKED=1            newest versions that pyproject.toml allows
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=.venv
@@ -25,7 +28,13 @@ find_python() {
 want_extras=$(echo "${1:-}" | tr ',' '\n' | sort -u | grep -v '^$' || true)
 have_extras=$( [ -f "$venv/.flowhn-extras" ] && cat "$venv/.flowhn-extras" || true)
 extras=$(printf '%s\n%s\n' "$want_extras" "$have_extras" | sort -u | grep -v '^$' | paste -sd, - || true)
-hash=$( (cat pyproject.toml; echo "$extras"; pwd) | cksum | cut -d' ' -f1)
+lock=requirements.lock
+rest=$extras
+if [[ ",$extras," == *,dev,* ]]; then
+  lock=requirements-dev.lock
+  rest=$(echo ",$extras," | sed 's/,dev,/,/; s/,wandb,/,/; s/^,*//; s/,*$//')   # dev's lock has wandb
+fi
+hash=$( (cat pyproject.toml $lock; echo "$extras ${UNLOCKED:-}"; pwd) | cksum | cut -d' ' -f1)
 if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.flowhn-stamp" 2>/dev/null)" = "$hash" ]; then
   exit 0
 fi
@@ -36,8 +45,15 @@ echo "setting up $venv with $($python --version) (once; two to five minutes; log
 {
   [ -x "$venv/bin/python" ] && "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
   # torch first: its builds differ by machine, and the rest must not pull another one in
-  "$venv/bin/python" -m pip install --disable-pip-version-check ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} 'torch>=2.8,<2.14' numpy
-  "$venv/bin/python" -m pip install --disable-pip-version-check -e ".${extras:+[$extras]}"
+  pip=("$venv/bin/python" -m pip --disable-pip-version-check install)
+  "${pip[@]}" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} "${TORCH:-torch==2.13.0}"
+  if [ -n "${UNLOCKED:-}" ]; then
+    "${pip[@]}" -e ".${extras:+[$extras]}"
+  else
+    "${pip[@]}" --no-deps --require-hashes -r "$lock"
+    "${pip[@]}" --no-deps -e .
+    [ -z "$rest" ] || "${pip[@]}" -e ".[$rest]"
+  fi
 } >"$log" 2>&1 || { tail -n 15 "$log" >&2; echo "error: the installation failed; the whole log is $log" >&2; exit 2; }
 printf '%s\n' "$extras" | tr ',' '\n' > "$venv/.flowhn-extras"
 echo "$hash" > "$venv/.flowhn-stamp"

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "flowhn"
@@ -124,3 +126,30 @@ def test_readme_overrides_compose():
             if words and words[0] in {"./reproduce.sh", "flowhn-train"}:
                 given = [w for w in words[1:] if "=" in w and not w.startswith(("models=", "model=", "seeds=", "-"))]
                 compose("train", given)
+
+
+def test_committed_tables_and_the_readmes_are_what_the_committed_records_give():
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "refresh_experiments.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_lock_files_pin_what_pyproject_asks_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for name, wanted in (
+        ("requirements.lock", project["dependencies"]),
+        ("requirements-dev.lock", [*project["dependencies"], *project["optional-dependencies"]["dev"]]),
+    ):
+        text = (ROOT / name).read_text()
+        entries = re.findall(r"^([\w.-]+)==(\S+)[^\n]*\\\n((?: +--hash=sha256:[0-9a-f]{64}[^\n]*\n?)+)", text, re.M)
+        pinned: dict[str, list[str]] = {}
+        for package, version, _ in entries:
+            pinned.setdefault(canonicalize_name(package), []).append(version)
+        assert len(entries) == len(re.findall(r"^[\w.-]+==", text, re.M)), "an entry has no hash"
+        assert "torch" not in pinned
+        for line in wanted:
+            requirement = Requirement(line)
+            if canonicalize_name(requirement.name) != "torch":
+                versions = pinned[canonicalize_name(requirement.name)]
+                assert all(requirement.specifier.contains(version) for version in versions), (name, line, versions)

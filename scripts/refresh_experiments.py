@@ -1,0 +1,102 @@
+"""Draw every folder below experiments/ again from its committed records, and the table in README.md from those of Table 1.
+
+python scripts/refresh_experiments.py            write
+python scripts/refresh_experiments.py --check    only tell what is not up to date (exit code 1)
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+import yaml
+
+from flowhn.reporting.artefact import write_artefact
+from flowhn.reporting.record import find_records
+from flowhn.reporting.tables import table1
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "experiments" / "table1" / "tiny-docs-laptop"
+BEGIN = "<!-- table1 begins: written by scripts/refresh_experiments.py from experiments/table1/tiny-docs-laptop -->"
+END = "<!-- table1 ends -->"
+
+
+def block() -> str:
+    """The README's table, from the committed records."""
+    records = find_records(SOURCE / "records")
+    frame = table1(records, size="tiny")
+    task = frame.attrs["tasks"][0]
+    lines = [
+        "| model | parameters | validation loss | tokens/s | MFU % | continuation accuracy % | paper, 135M: tokens/s | paper, 135M: average of six % |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in frame.to_dict("records"):
+        mfu = "" if pd.isna(row["mfu"]) else f"{row['mfu']:.1f}"
+        lines.append(
+            f"| {row['model']} | {row['parameters'] / 1e6:.2f}M | {row['val_loss']:.3f} | {row['tps']:,.0f} | {mfu} | "
+            f"{row[task]:.1f} ± {row[f'{task}_stderr']:.1f} | {row['paper_tps']:,.0f} | {row['paper_average']:.2f} |"
+        )
+    first = records[0]
+    minutes = sum(record.wall_seconds["total"] for record in records) / 60
+    lines += [
+        "",
+        f"Made by `./reproduce.sh` on {first.device['name']} with {first.device['count']} threads: {len(records)} models of size tiny, "
+        f"{first.tokens:,} tokens each, {minutes:.1f} minutes in all, commit `{(first.git['commit'] or 'unknown')[:7]}`. Unigram entropy of the text: "
+        f"{first.losses['unigram_entropy']:.2f} nats; guessing a continuation: 25 %. **Our columns and the paper's are not comparable** (size, text, "
+        "tokens, device): they stand side by side so that you can compare the order of rows. "
+        "Full table, figures, verdicts and records: [experiments/table1/tiny-docs-laptop](experiments/table1/tiny-docs-laptop/table.md).",
+        "",
+        "![validation loss over tokens, all models](experiments/table1/tiny-docs-laptop/loss.png)",
+    ]
+    return "\n".join(lines)
+
+
+def redraw(source: Path, target: Path) -> None:
+    """Write the tables and figures of ``experiments/<artefact>/<setting>`` into ``target``, from its records."""
+    artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{source.parent.name}.yaml").read_text(encoding="utf-8"))
+    records = find_records(source / "records")
+    cells = [cell for cell in artefact["cells"] if any(record.cell == cell for record in records)]
+    write_artefact(records, target, title=artefact["title"], figures=artefact["figures"], expected=cells)
+
+
+def settings() -> list[Path]:
+    """The folders below experiments/ that hold an artefact's records."""
+    known = {path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")}
+    return [path.parent for path in sorted((ROOT / "experiments").glob("*/*/records")) if path.parent.parent.name in known]
+
+
+def stale(source: Path) -> list[str]:
+    """Names of the text files of a folder that its records would not give (pictures differ by matplotlib's version)."""
+    with tempfile.TemporaryDirectory() as folder:
+        redraw(source, Path(folder))
+        fresh = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix in (".md", ".csv")}
+    return [name for name, content in fresh.items() if (source / name).read_bytes() != content]
+
+
+def readme() -> tuple[str, str]:
+    """The README as it is and as it should be."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    return text, f"{head}{BEGIN}\n{block()}\n{END}{tail}"
+
+
+def main() -> int:
+    """Write, or check and say what is stale."""
+    if "--check" in sys.argv[1:]:
+        found = [f"{source.relative_to(ROOT)}/{name}" for source in settings() for name in stale(source)]
+        old, new = readme()
+        found += ["README.md"] if old != new else []
+        for name in found:
+            print(f"{name} is not what the committed records give; run scripts/refresh_experiments.py")
+        return int(bool(found))
+    for source in settings():
+        redraw(source, source)
+    (ROOT / "README.md").write_text(readme()[1], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
