@@ -29,6 +29,7 @@ def run_entry(body: Callable[[Sequence[str]], int | None], argv: Sequence[str] |
     debug = any(a.replace(" ", "").lower() in {"debug=true", "++debug=true", "+debug=true"} for a in arguments)
     try:
         code = body(arguments) or 0
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _say("interrupted; the same command goes on from the last checkpoint")
         code = EXIT_INTERRUPTED
@@ -37,15 +38,15 @@ def run_entry(body: Callable[[Sequence[str]], int | None], argv: Sequence[str] |
             raise
         _say(f"error: {error}")
         code = EXIT_BAD_INPUT
+    except BrokenPipeError:  # the reader of a pipe went away, as in `--list | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if debug or error.errno not in _MENDS:
             raise
         where = f" ({error.filename})" if error.filename else ""
         _say(f"error: {_MENDS[error.errno]}{where}")
         code = EXIT_BAD_INPUT
-    except BrokenPipeError:  # the reader of a pipe went away, as in `--list | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 128 + signal.SIGPIPE
     sys.exit(code)
 
 

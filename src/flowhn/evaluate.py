@@ -48,7 +48,7 @@ def _main(argv: Sequence[str]) -> int:
         hardware=hardware,
         heldout_file=workshop.prepare(config).heldout_file if needs_documents else None,
     )
-    path = args.run / f"eval-{config['eval']['name']}.json"
+    path = args.run / f"eval-{result['suite']}.json"
     write_json(path, result)
     for task, numbers in result["tasks"].items():
         shown = "  ".join(
