@@ -55,7 +55,9 @@ def block() -> str:
 
 def redraw(source: Path, target: Path) -> None:
     """Write the tables and figures of ``experiments/<artefact>/<setting>`` into ``target``, from its records."""
-    artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{source.parent.name}.yaml").read_text(encoding="utf-8"))
+    artefact = yaml.safe_load(
+        (ROOT / "configs" / "artefacts" / f"{source.parent.name}.yaml").read_text(encoding="utf-8")
+    )
     records = find_records(source / "records")
     cells = [cell for cell in artefact["cells"] if any(record.cell == cell for record in records)]
     write_artefact(records, target, title=artefact["title"], figures=artefact["figures"], expected=cells)
@@ -64,7 +66,9 @@ def redraw(source: Path, target: Path) -> None:
 def settings() -> list[Path]:
     """The folders below experiments/ that hold an artefact's records."""
     known = {path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")}
-    return [path.parent for path in sorted((ROOT / "experiments").glob("*/*/records")) if path.parent.parent.name in known]
+    return [
+        path.parent for path in sorted((ROOT / "experiments").glob("*/*/records")) if path.parent.parent.name in known
+    ]
 
 
 def stale(source: Path) -> list[str]:
