@@ -12,12 +12,14 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def load(folder: Any, *, device: Any = "cpu") -> Any:
+def load(folder: Any, *, device: Any = "cpu", trust: bool = False) -> Any:
     """The network of a finished run's folder, with its weights, in eval mode (a :class:`flowhn.models.CausalLM`).
+
+    ``trust`` also builds classes from outside flowhn that the run's config names.
 
     Raises:
         UserError: see :func:`flowhn.loading.load_run`.
     """
     from flowhn.loading import load_run  # torch takes seconds to import; `import flowhn` must not
 
-    return load_run(folder, device=device).model
+    return load_run(folder, device=device, trust=trust).model

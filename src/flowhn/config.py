@@ -169,6 +169,35 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"deterministic": config["trainer"]["deterministic"]}
 
 
+def check_targets(tree: Any) -> None:
+    """Refuse a model tree that names anything but the classes of ``flowhn.models``.
+
+    Hydra calls whatever ``_target_`` names, so a run's folder from somebody else could otherwise run any code. The names
+    are compared as they stand and never resolved: a path such as ``flowhn.models.torch.load`` is not on the list.
+
+    Raises:
+        UserError: another target.
+    """
+    import flowhn.models
+
+    exported = {name for name in flowhn.models.__all__ if isinstance(getattr(flowhn.models, name), type)}
+    pending = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Mapping):
+            target = node.get("_target_")
+            if target is not None and (
+                not isinstance(target, str) or target not in {f"flowhn.models.{n}" for n in exported}
+            ):
+                raise UserError(
+                    f"the run's config names _target_={target}, which is not a class of flowhn.models, and loading it could "
+                    "run any code; load it with trust=True (--trust) only if you know where the run comes from"
+                )
+            pending.extend(node.values())
+        elif isinstance(node, list | tuple):
+            pending.extend(node)
+
+
 def build_model(config: Mapping[str, Any]) -> CausalLM:
     """Build the network of a resolved config's ``model`` tree, on the default device.
 

@@ -26,6 +26,7 @@ def _main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run, for example outputs/runs/llama-tiny-...")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example eval=paper eval.data_dir=DIR")
+    parser.add_argument("--trust", action="store_true", help="build classes from outside flowhn that the run names")
     args = parser.parse_args(list(argv))
 
     from flowhn.config import compose, to_dict
@@ -35,7 +36,7 @@ def _main(argv: Sequence[str]) -> int:
 
     asked = to_dict(compose("train", args.overrides))
     hardware = resolve_hardware(asked)
-    loaded = load_run(args.run, device=hardware.device)
+    loaded = load_run(args.run, device=hardware.device, trust=args.trust)
     config = {**loaded.config, "cache_dir": asked["cache_dir"]}
     workshop = Workshop()
     # The questions of eval=docs come from the run's own held-out documents.

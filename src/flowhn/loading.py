@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowhn.config import build_model
+from flowhn.config import build_model, check_targets
 from flowhn.data.prepared import TOKENIZER_NAMES
 from flowhn.data.tokenization import TextTokenizer, open_tokenizer
 from flowhn.errors import UserError
@@ -27,11 +27,17 @@ class LoadedRun:
     tokenizer: TextTokenizer | None
 
 
-def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: bool = False) -> LoadedRun:
     """Load a run's folder (``outputs/runs/...``).
 
+    Args:
+        folder: the run.
+        device: where the model goes.
+        trust: also build classes from outside ``flowhn.models`` that the run's config names (a split of one's own).
+
     Raises:
-        UserError: no such run, a run that is not finished, or weights that are damaged or belong to another model.
+        UserError: no such run, a run that is not finished, weights that are damaged or belong to another model, or a
+            config that names foreign classes without ``trust``.
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
@@ -44,6 +50,8 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu") -> Loade
         raise UserError(
             f"{folder} has no {WEIGHTS_NAME}: its training is not finished; run its command again to finish it"
         )
+    if not trust:
+        check_targets(config["model"])
     model = build_model(config)
     load_weights(model, folder / WEIGHTS_NAME)
     tokenizer = next((folder / name for name in TOKENIZER_NAMES if (folder / name).exists()), None)

@@ -105,6 +105,10 @@ class TokenDataModule(LightningDataModule):
             raise UserError(f"the run has {self.n_train_samples} samples and cannot go on after {samples_seen}")
         self.samples_seen = samples_seen
 
+    def row_of_sample(self, sample: int) -> int:
+        """Row of the training part that global sample number ``sample`` (from 0, over all devices) reads."""
+        return SampleOrder(n_rows=len(self.prepared.train), seed=self.seed)[sample]
+
     def train_dataloader(self) -> StatefulDataLoader:
         """Batches of :meth:`TokenRows.__getitems__`, in the run's order."""
         rank, world_size = self._place()

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from flowhn.errors import UserError
+from flowhn.training.guard import LossGuard
 from flowhn.training.steps import StepCallback
 from flowhn.training.throughput import ThroughputMonitor
 
@@ -21,15 +21,16 @@ _REPORT_SECONDS = 0.25
 class CurveRecorder(StepCallback):
     """Records ``train`` points ``[tokens, loss]`` and ``val`` points ``[tokens, loss, seconds of training]``.
 
-    A train point is the mean loss of the ``log_every`` optimiser steps up to it (fewer at the end of the run). Losses
-    stay on the device until a point is due, so that no step waits for the device. Points also go to Lightning's
-    loggers.
+    A train point is the mean loss of the ``log_every`` optimiser steps up to it (fewer at the end of the run), without
+    skipped steps; a point of skipped steps alone is left out. Losses stay on the device until a point is due, so that no
+    step waits for the device. Points also go to Lightning's loggers.
 
     Args:
         tokens_per_step: tokens of one optimiser step over all devices.
         log_every: optimiser steps per train point.
         total_steps: optimiser steps of the whole run.
         throughput: gives the seconds of training of a validation point.
+        guard: sees the loss of every step.
         on_progress: called about four times a second with (step, total_steps, tokens/s, latest train loss).
     """
 
@@ -40,6 +41,7 @@ class CurveRecorder(StepCallback):
         log_every: int,
         total_steps: int,
         throughput: ThroughputMonitor,
+        guard: LossGuard,
         on_progress: Callable[[int, int, float | None, float | None], None] | None = None,
     ) -> None:
         self.tokens_per_step = tokens_per_step
@@ -48,6 +50,7 @@ class CurveRecorder(StepCallback):
         self.train: list[list[float]] = []
         self.val: list[list[float]] = []
         self._throughput = throughput
+        self._guard = guard
         self._on_progress = on_progress
         self._reported: tuple[float, int] | None = None  # (training seconds, step) of the last report
         self._shown = 0.0
@@ -60,9 +63,10 @@ class CurveRecorder(StepCallback):
         """Whether the validation after this optimiser step is on record."""
         return any(point[0] == step * self.tokens_per_step for point in self.val)
 
-    def curves(self) -> dict[str, list[list[float]]]:
-        """Both curves, as the record stores them."""
-        return {"train": self.train, "val": self.val}
+    def curves(self) -> dict[str, list[Any]]:
+        """Both curves, spikes ``[tokens, loss]`` and skipped steps, as the record stores them."""
+        skipped = self._guard.skipped
+        return {"train": self.train, "val": self.val, "spikes": self._guard.spikes, "skipped_steps": skipped}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
@@ -75,15 +79,18 @@ class CurveRecorder(StepCallback):
         self._micro.append(outputs["loss_value"])
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        self._waiting.append(torch.stack(self._micro).mean() if len(self._micro) > 1 else self._micro[0])
+        loss = torch.stack(self._micro).mean() if len(self._micro) > 1 else self._micro[0]
         self._micro = []
+        skipped = getattr(pl_module, "step_was_skipped", None)
+        self._waiting.append(loss if skipped is None else torch.where(skipped, torch.nan, loss))
         if step % self.log_every == 0 or step == self.total_steps:
             self._fetch(step)
-            loss = math.fsum(self._fetched) / len(self._fetched)
+            if self._fetched:
+                mean = math.fsum(self._fetched) / len(self._fetched)
+                self.train.append([step * self.tokens_per_step, mean])
+                metrics = {"train/loss": mean, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
+                self._log(trainer, metrics, step)
             self._fetched = []
-            self.train.append([step * self.tokens_per_step, loss])
-            metrics = {"train/loss": loss, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
-            self._log(trainer, metrics, step)
         self._report(step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,23 +104,18 @@ class CurveRecorder(StepCallback):
         """Bring the waiting losses to the host, averaged over ranks.
 
         Raises:
-            UserError: a loss is not finite.
+            UserError: too many steps in a row were skipped.
         """
         if not self._waiting:
             return
         losses = torch.stack(self._waiting)
         if self._trainer is not None and self._trainer.world_size > 1:
             losses = self._trainer.strategy.reduce(losses, reduce_op="mean")
-        values = [float(value) for value in losses.tolist()]
-        for offset, value in enumerate(values):
-            if not math.isfinite(value):
-                bad = step - len(values) + 1 + offset
-                raise UserError(
-                    f"the training loss became {value} at step {bad} of {self.total_steps}; lower lr= or set "
-                    "clip_grad_norm= and run again"
-                )
-        self._fetched += values
         self._waiting = []
+        values = losses.tolist()
+        for number, value in enumerate(values, start=step - len(values) + 1):
+            if self._guard.see(number, value):
+                self._fetched.append(value)
 
     def _report(self, step: int) -> None:
         now = time.monotonic()
@@ -141,9 +143,11 @@ class CurveRecorder(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         self._fetch(self._last_step)
-        return {"train": list(self.train), "val": list(self.val), "since_point": list(self._fetched)}
+        state = {"train": list(self.train), "val": list(self.val), "since_point": list(self._fetched)}
+        return {**state, "guard": self._guard.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train = [list(point) for point in state_dict["train"]]
         self.val = [list(point) for point in state_dict["val"]]
         self._fetched = [float(value) for value in state_dict["since_point"]]
+        self._guard.load_state_dict(state_dict["guard"])

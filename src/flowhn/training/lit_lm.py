@@ -60,6 +60,7 @@ class LitLM(LightningModule):
         # Sums over batches and ranks. Not MeanMetric: it drops NaNs, or (told not to) the weights with them.
         self.val_sum = SumMetric(nan_strategy="disable")
         self.val_tokens = SumMetric(nan_strategy="disable")
+        self.step_was_skipped: Tensor | None = None  # of the last optimiser step, on the device
         self._loss = token_loss
         self._compiled = False
 
@@ -123,9 +124,23 @@ class LitLM(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm with torch; Lightning's mixed-precision plugin refuses to clip for fused optimisers."""
+        """Clip the global norm with torch, and skip the step when it is not finite (as with a loss that is not).
+
+        Lightning's mixed-precision plugin refuses to clip for fused optimisers. On CUDA the fused optimiser is told
+        through ``found_inf`` (what a gradient scaler uses), so that nothing waits for the device; elsewhere the
+        gradients are taken away, which makes any optimiser skip its parameters.
+        """
+        parameters = [parameter for parameter in self.net.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a sharded model's (DTensor)
+        self.step_was_skipped = ~torch.isfinite(norm)
         if gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+            nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        if norm.device.type == "cuda" and optimizer.defaults.get("fused"):
+            optimizer.found_inf = self.step_was_skipped.float()
+        elif self.step_was_skipped:
+            for parameter in parameters:
+                parameter.grad = None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another model in one sentence before torch lists every difference.

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import Logger
 from flowhn.errors import UserError
 from flowhn.training.checkpoints import AtomicCheckpointIO, latest_valid_checkpoint
 from flowhn.training.curves import CurveRecorder
+from flowhn.training.guard import LossGuard
 from flowhn.training.hardware import Hardware
 from flowhn.training.interrupts import Stopped, StopRequest
 from flowhn.training.resume import CheckpointKeeper
@@ -35,7 +36,8 @@ class FitResult:
     """What a run produced; fields as in the run record.
 
     Attributes:
-        curves: ``{"train": [[tokens, loss]], "val": [[tokens, loss, seconds]]}``.
+        curves: ``{"train": [[tokens, loss]], "val": [[tokens, loss, seconds]], "spikes": [[tokens, loss]],
+            "skipped_steps": [step]}``.
         throughput, memory: see :class:`~flowhn.training.throughput.ThroughputMonitor`.
         resumed: how often the run went on from a checkpoint.
         wall_seconds: time spent in ``fit`` over all resumes, without what was lost to kills.
@@ -44,7 +46,7 @@ class FitResult:
         skipped: checkpoints that were not usable, with the reason.
     """
 
-    curves: dict[str, list[list[float]]]
+    curves: dict[str, list[Any]]
     throughput: dict[str, Any]
     memory: dict[str, Any]
     resumed: int
@@ -95,7 +97,7 @@ def fit(
         say: called with one line for each event worth telling (a skipped checkpoint, a resume).
 
     Raises:
-        UserError: a checkpoint of another run, a full disk, a loss that is not finite, too little device memory.
+        UserError: a checkpoint of another run, a full disk, losses that are not finite, too little device memory.
         KeyboardInterrupt, SystemExit(143): after SIGINT, SIGTERM, with a checkpoint of the last finished step written.
     """
     say = say or (lambda text: None)
@@ -113,6 +115,12 @@ def fit(
         log_every=_log_every(trainer_cfg.get("log_every"), total_steps, hardware),
         total_steps=total_steps,
         throughput=throughput,
+        guard=LossGuard(
+            tokens_per_step=tokens_per_step,
+            total_steps=total_steps,
+            folder=run_dir,
+            rows_of_step=_rows_of_step(datamodule, tokens_per_step // seq_len),
+        ),
         on_progress=on_progress,
     )
     schedule = ValidationSchedule(steps=val_steps, is_done=recorder.has_validation)
@@ -151,6 +159,14 @@ def fit(
         steps=trainer.global_step,
         skipped=search.skipped,
     )
+
+
+def _rows_of_step(datamodule: LightningDataModule, samples: int) -> Callable[[int], list[int]] | None:
+    """Training rows of an optimiser step (from 1), for a data module that knows the row of each sample."""
+    row_of = getattr(datamodule, "row_of_sample", None)
+    if row_of is None:
+        return None
+    return lambda step: [row_of(sample) for sample in range((step - 1) * samples, step * samples)]
 
 
 def _run(

@@ -180,9 +180,13 @@ class CheckpointKeeper(StepCallback, Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: Trainer) -> None:
-        """Write a checkpoint of the present step unless there is one, then delete the old ones."""
+        """Write a checkpoint of the present step unless there is one, then delete the old ones.
+
+        Not after a skipped step: should the steps after it be skipped too, the last checkpoint is of a good one.
+        """
         step = trainer.global_step
-        if step != self._saved_step:
+        skipped = getattr(trainer.lightning_module, "step_was_skipped", None)
+        if step != self._saved_step and not (skipped is not None and bool(skipped)):
             with self._throughput.paused():
                 trainer.save_checkpoint(checkpoint_path(self.folder, step))
                 if trainer.is_global_zero:
