@@ -118,12 +118,15 @@ def test_readme_commands_exist():
 
 def test_readme_overrides_compose():
     from flowhn.config import compose
+    from flowhn.train import _check_sweep
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for block in re.findall(r"```(?:bash|sh)\n(.*?)```", readme, re.S):
         for line in block.splitlines():
             words = line.split("#")[0].split()
-            if words and words[0] in {"./reproduce.sh", "flowhn-train"}:
+            if "-m" in words:
+                _check_sweep(words[1:])
+            elif words and words[0] in {"./reproduce.sh", "flowhn-train"}:
                 given = [w for w in words[1:] if "=" in w and not w.startswith(("models=", "model=", "seeds=", "-"))]
                 compose("train", given)
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
 import sys
 from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
 
 import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from flowhn.cli import run_entry
 from flowhn.config import compose, config_dir, register_resolvers
 from flowhn.display import Display
+from flowhn.errors import UserError
 from flowhn.experiment import Workshop, plan, summary
+from flowhn.reporting.record import RunRecord
+from flowhn.sweeps import run_job, write_summary
 
 # These belong to Hydra's own command line; a plain run is composed by ours, whose errors are one sentence.
 _HYDRA_FLAGS = {
@@ -36,34 +45,87 @@ def main() -> None:
 
 
 def _main(argv: Sequence[str]) -> int:
+    if {"-m", "--multirun"} & set(argv):
+        return _sweep(list(argv))
     if any(word.split("=")[0] in _HYDRA_FLAGS for word in argv):
         register_resolvers()
-        overrides = [word for word in argv if "=" in word and not word.startswith("-")]
-        if not {"-m", "--multirun"} & set(argv):
-            compose("train", overrides)
-        sys.argv = ["flowhn-train", *argv]
-        hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(_job)()
+        compose("train", [word for word in argv if "=" in word and not word.startswith("-")])
+        _hydra(argv)
         return 0
     _run(compose("train", argv))
     return 0
 
 
-def _job(cfg: DictConfig) -> float | None:
-    """A job of a Hydra sweep; the final validation loss is what a sweeper minimises."""
+def _hydra(argv: Sequence[str]) -> None:
+    sys.argv = ["flowhn-train", *argv]
+    hydra.main(config_path=str(config_dir()), config_name="train", version_base="1.3")(_job)()
+
+
+def _sweep(argv: list[str]) -> int:
+    """All combinations (or a search), then the table of what they gave; 2 when a run failed."""
+    folder = next((word.partition("=")[2] for word in argv if word.startswith("hydra.sweep.dir=")), None)
+    if folder is None:
+        output_dir = next((word.partition("=")[2] for word in argv if word.startswith("output_dir=")), "outputs")
+        folder = str(Path(output_dir).absolute() / "sweeps" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+        argv = [*argv, f"hydra.sweep.dir={folder}"]
+    register_resolvers()
+    _check_sweep(argv)
+    _hydra(argv)
+    text, failed = write_summary(Path(folder))
+    sys.stdout.write(f"{text}\nwritten: {folder}\n")
+    return 2 if failed else 0
+
+
+def _check_sweep(argv: Sequence[str]) -> None:
+    """Compose the first run, so that a misspelt key is one sentence before anything runs."""
+    words = [word for word in argv if "=" in word and not word.startswith(("-", "hydra"))]
+    try:
+        parsed = OverridesParser.create().parse_overrides(words)
+    except HydraException as error:
+        raise UserError(
+            f"the overrides cannot be read ({str(error).splitlines()[0]}); write key=value,value"
+        ) from error
+    first = []
+    for word, override in zip(words, parsed, strict=True):
+        if override.is_choice_sweep() or override.is_range_sweep():
+            word = f"{override.input_line.partition('=')[0]}={next(override.sweep_string_iterator())}"
+        if not override.is_interval_sweep():
+            first.append(word)
+    needs = {"joblib": "hydra_joblib_launcher", "local": "submitit", "slurm": "submitit", "optuna": "optuna"}
+    for word in first:
+        key, _, value = word.partition("=")
+        if key not in ("launcher", "sweep"):
+            continue
+        package = needs.get(value)
+        if package and not any(importlib.util.find_spec(name) for name in (package, f"hydra_plugins.{package}")):
+            raise UserError(f"{key}={value} needs packages that are not installed; pip install 'flowhn[sweep]'")
+        if value == "slurm" and shutil.which("srun") is None:
+            raise UserError(
+                "launcher=slurm needs Slurm's srun, which is not on this machine's PATH; use launcher=joblib"
+            )
+    compose("train", first)
+
+
+def _job(cfg: DictConfig) -> float:
+    """A job of a Hydra sweep; the final validation loss is what a search minimises."""
     from hydra.core.hydra_config import HydraConfig
 
-    overrides = list(HydraConfig.get().overrides.task)
-    return _run(compose("train", overrides))
+    hydra_config = HydraConfig.get()
+    overrides = list(hydra_config.overrides.task)
+    folder = Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir
+    return run_job(
+        lambda: _run(compose("train", overrides)), folder=folder, number=hydra_config.job.num, overrides=overrides
+    )
 
 
-def _run(cfg: DictConfig) -> float | None:
+def _run(cfg: DictConfig) -> tuple[RunRecord, Path]:
     run = plan(cfg)
     record = run.record()
     if record is None:
         with Display(title=run.name, n_runs=1) as display:
             record = Workshop().run(run, display.watch(run.name), say=display.say)
     sys.stdout.write(f"{run.name}: {summary(record)}\nrecord: {run.record_path}\n")
-    return record.losses["final_val"]
+    return record, run.record_path.absolute()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,130 @@
+"""Sweeps with ``flowhn-train -m``: grids, launchers, failures, the table at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+from flowhn import train
+from flowhn.config import compose, groups
+from flowhn.errors import UserError
+from flowhn.sweeps import Job, read_jobs, run_job, sweep_table
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweeps")
+    small = ["model=llama", "budget=1024", "val_points=1", "val_rows=2", "eval=none"]
+    return [*small, f"output_dir={folder}/out", f"cache_dir={folder}/cache"]
+
+
+def out(home) -> Path:
+    return Path(home[-2].partition("=")[2])
+
+
+def sweep(home, *words: str) -> tuple[int, Path]:
+    GlobalHydra.instance().clear()
+    before = set((out(home) / "sweeps").glob("*"))
+    folder = out(home) / "sweeps" / f"number-{len(before)}"
+    return train._main(["-m", *words, *home, f"hydra.sweep.dir={folder}"]), folder
+
+
+def test_a_grid_gives_a_table_of_what_was_varied(home, capsys):
+    code, folder = sweep(home, "seed=0,1", "lr=1e-3,2e-3")
+    assert code == 0
+    frame = pd.read_csv(folder / "summary.csv")
+    assert len(frame) == 4
+    assert {"seed", "lr"} <= set(frame)
+    assert "budget" not in frame
+    assert (frame["val loss"] > 0).all()
+    assert "4 runs, 0 failed" in capsys.readouterr().out
+
+
+def test_finished_runs_are_not_repeated(home, monkeypatch):
+    monkeypatch.setattr("flowhn.train.Workshop.run", lambda *a, **k: pytest.fail("ran again"))
+    code, folder = sweep(home, "seed=0,1", "lr=1e-3,2e-3")
+    assert code == 0
+    assert len(read_jobs(folder)) == 4
+
+
+def test_a_failed_run_does_not_stop_the_others_and_says_why(home, capsys):
+    code, folder = sweep(home, "size.n_heads=4,7", "seed=0")
+    assert code == 2
+    good, bad = read_jobs(folder)
+    assert good.record
+    assert "n_heads=7" in bad.error
+    assert "Traceback" in Path(bad.log).read_text()
+    said = capsys.readouterr().out
+    assert "2 runs, 1 failed" in said
+    assert bad.log in said
+
+
+def test_a_program_error_in_one_run_is_listed_too(tmp_path):
+    def body():
+        raise ZeroDivisionError("division by zero")
+
+    assert run_job(body, folder=tmp_path / "0", number=0, overrides=["a=1"]) == float("inf")
+    (job,) = read_jobs(tmp_path)
+    assert job.error == "ZeroDivisionError: division by zero"
+
+
+def test_ctrl_c_ends_the_sweep(tmp_path):
+    def body():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_job(body, folder=tmp_path / "0", number=0, overrides=[])
+    assert not read_jobs(tmp_path)
+
+
+@pytest.mark.parametrize("launcher", ["joblib", "local"])
+def test_launchers_with_processes_of_their_own(launcher, home):
+    code, folder = sweep(home, f"launcher={launcher}", "seed=0,2", "lr=1e-3")
+    assert code == 0
+    assert [Path(job.record).is_file() for job in read_jobs(folder)] == [True, True]
+
+
+def test_a_search_for_rate_and_ratio(home):
+    words = [word for word in home if not word.startswith("model=")]
+    code, folder = sweep(words, "sweep=optuna", "hydra.sweeper.n_trials=2", "model=flowhn")
+    assert code == 0
+    ratios = {
+        override for job in read_jobs(folder) for override in job.overrides if override.startswith("split.ratio=")
+    }
+    assert len(ratios) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["lrr=1,2"], "unknown key lrr; did you mean lr"),
+        (["model=lama,llama"], "model=lama does not exist; did you mean llama"),
+        (["launcher=slurm", "seed=0,1"], "srun"),
+        (["seed=[1,2"], "cannot be read"),
+    ],
+)
+def test_bad_sweeps_are_one_sentence_before_anything_runs(words, said):
+    with pytest.raises(UserError, match=said.replace("?", ".")):
+        train._main(["-m", *words])
+
+
+def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"flowhn\[sweep\]"):
+        train._main(["-m", "launcher=joblib", "seed=0,1"])
+
+
+def test_every_launcher_and_search_composes():
+    for group in ("launcher", "sweep"):
+        for name in groups()[group]:
+            compose("train", [f"{group}={name}"])
+
+
+def test_the_table_leaves_out_runs_without_a_record():
+    jobs = [Job(0, ["a=1"], error="no"), Job(1, ["a=2"], error="no")]
+    assert sweep_table(jobs).empty
+    assert json.loads(json.dumps(jobs[0].__dict__))["error"] == "no"
