@@ -118,6 +118,19 @@ def resolve_attention(requested: str, device_type: str) -> str:
     return _resolve_attention(requested, device_type)
 
 
+@torch.compiler.assume_constant_result
+@cache
+def triton_usable() -> bool:
+    """Whether Triton kernels run on the CUDA device: Triton is importable and the device is Ampere or newer."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    try:
+        importlib.import_module("triton")
+    except Exception:  # as with the packages above: a broken one counts as absent
+        return False
+    return True
+
+
 def clear_cache() -> None:
     """Forget what was probed, for tests and for a package installed while the process runs."""
     for function in (_probe, _resolve_ssm, _resolve_attention):

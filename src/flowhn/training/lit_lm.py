@@ -9,32 +9,13 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchmetrics import SumMetric
 
 from flowhn.errors import UserError
+from flowhn.training.loss import IGNORE, token_loss, training_loss
 from flowhn.training.optim import build_optimizer, build_schedule
 
-IGNORE = -100  # label of a position that does not count in the loss
 _EVAL_CHUNK_TOKENS = 8192  # bounds the validation logits: 8192 x 65,536 x 4 bytes = 2 GiB
-
-
-def token_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """Mean next-token cross-entropy in nats over the labels that count.
-
-    The logits stay in the compute dtype (bf16 under autocast); softmax and loss are fp32. One function, so that
-    ``torch.compile`` fuses cast, softmax and loss and never stores the fp32 logits.
-
-    Args:
-        hidden: (B, T, D); weight: (V, D); bias: (V,) or None; labels: (B, T), ``IGNORE`` where no loss.
-
-    Returns:
-        Scalar, fp32 (fp64 for fp64 inputs).
-    """
-    logits = F.linear(hidden, weight, bias).flatten(0, 1)  # (B * T, V)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE)
 
 
 class LitLM(LightningModule):
@@ -88,7 +69,7 @@ class LitLM(LightningModule):
         """Loss of one micro-batch ``{input_ids (B, T), labels (B, T)}``."""
         hidden = self.net.body(batch["input_ids"])  # (B, T, D)
         head = self.net.lm_head
-        loss = self._loss(hidden, head.weight, getattr(head, "bias", None), batch["labels"])
+        loss = training_loss(hidden, head.weight, getattr(head, "bias", None), batch["labels"], plain=self._loss)
         return {"loss": loss, "loss_value": loss.detach()}
 
     def on_validation_epoch_start(self) -> None:

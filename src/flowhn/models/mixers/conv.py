@@ -1,9 +1,12 @@
-"""Causal depthwise convolution over time, as a sum of shifted products."""
+"""Causal depthwise convolution over time: as a sum of shifted products, or one Triton kernel on CUDA."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from flowhn.models.kernels import triton_usable
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -26,3 +29,53 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for k in range(1, width):
         y = y + padded[:, k : k + n_tokens] * taps[:, k]
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, *, kernel: str) -> Tensor:
+    """``silu(causal_conv(x, weight, bias))``, shapes as there.
+
+    Args:
+        kernel: what the mixer's scan runs on; ``torch`` keeps to plain torch, anything else takes the Triton kernel
+            where Triton works (sums in float32; written once instead of once for each tap).
+    """
+    if kernel == "torch" or x.device.type != "cuda" or not triton_usable() or not x.shape[1]:
+        return F.silu(causal_conv(x, weight, bias))
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    return conv_silu(x, weight.squeeze(1).float().contiguous(), bias.float())
+
+
+@torch.library.custom_op("flowhn::conv_silu", mutates_args=())
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x (B, T, E), weight (E, K), bias (E,) -> (B, T, E), contiguous."""
+    from flowhn.models.mixers.conv_triton import conv_silu_forward  # needs Triton
+
+    return conv_silu_forward(x, weight, bias)
+
+
+@torch.library.custom_op("flowhn::conv_silu_backward", mutates_args=())
+def conv_silu_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
+    from flowhn.models.mixers import conv_triton
+
+    return conv_triton.conv_silu_backward(dy, x, weight, bias)
+
+
+@conv_silu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@conv_silu_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return conv_silu_backward(dy, *ctx.saved_tensors)
+
+
+conv_silu.register_autograd(_differentiate, setup_context=_save)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from flowhn.errors import UserError
 from flowhn.models.kernels import resolve_ssm
-from flowhn.models.mixers.conv import causal_conv
+from flowhn.models.mixers.conv import causal_conv_silu
 from flowhn.models.mixers.scan import selective_scan
 from flowhn.models.mixers.ssm_init import inverse_softplus_dt, keep
 from flowhn.models.norms import RMSNorm
@@ -91,7 +91,7 @@ class Mamba1(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, T, E) each
-        u = F.silu(causal_conv(u, self.conv1d.weight, self.conv1d.bias))
+        u = causal_conv_silu(u, self.conv1d.weight, self.conv1d.bias, kernel=self.kernel(x.device.type))
         dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         if self.bcdt_rms_norm:
             dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from flowhn.errors import UserError
 from flowhn.models.kernels import resolve_ssm
-from flowhn.models.mixers.conv import causal_conv
+from flowhn.models.mixers.conv import causal_conv_silu
 from flowhn.models.mixers.ssd import ssd_scan
 from flowhn.models.mixers.ssd_cuda import mamba_ssm_ssd
 from flowhn.models.mixers.ssm_init import inverse_softplus_dt, keep
@@ -88,7 +88,7 @@ class Mamba2(nn.Module):
         """(B, T, D) -> (B, T, D)."""
         shared = self.n_groups * self.d_state
         z, xbc, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * shared, self.n_heads), dim=-1)
-        xbc = F.silu(causal_conv(xbc, self.conv1d.weight, self.conv1d.bias))
+        xbc = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, kernel=self.kernel(x.device.type))
         y, B, C = xbc.split((self.d_inner, shared, shared), dim=-1)
         if x.shape[1]:
             y = y.unflatten(-1, (self.n_heads, self.headdim))  # (B, T, H, P)

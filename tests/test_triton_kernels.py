@@ -1,0 +1,124 @@
+"""The Triton kernels of the convolution and the loss against plain torch in float64: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from flowhn.models.mixers.conv import causal_conv, causal_conv_silu
+from flowhn.training.loss import IGNORE, token_loss, training_loss
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES = [(2, 37, 150, 4), (1, 1, 5, 4), (3, 2, 128, 3), (1, 70, 300, 4)]  # batch, tokens, channels, taps
+
+
+def conv_case(shape, device, dtype):
+    """x is the second half of a wider tensor, as in the mixers; returns leaves in float64 and inputs."""
+    n_batch, n_tokens, n_channels, taps = shape
+    generator = torch.Generator().manual_seed(n_tokens)
+    wide = torch.randn(n_batch, n_tokens, 2 * n_channels, generator=generator).to(device, dtype)
+    weight = torch.randn(n_channels, 1, taps, generator=generator).to(device)
+    bias = torch.randn(n_channels, generator=generator).to(device)
+    dy = torch.randn(n_batch, n_tokens, n_channels, generator=generator).to(device, dtype)
+    return wide, weight, bias, dy
+
+
+def conv_reference(wide, weight, bias, dy):
+    leaves = [wide.chunk(2, -1)[1].double(), weight.double(), bias.double()]
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    y = F.silu(causal_conv(*leaves))
+    y.backward(dy.double())
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def relative(found, wanted) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-12))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 447, 1536, 4)])
+def test_convolution_on_the_gpu(shape, dtype, limit):
+    wide, weight, bias, dy = conv_case(shape, "cuda", dtype)
+    wanted = conv_reference(wide, weight, bias, dy)
+    for compiled in (False, True):
+        function = torch.compile(causal_conv_silu, dynamic=False, fullgraph=True) if compiled else causal_conv_silu
+        leaves = [leaf.clone().requires_grad_() for leaf in (wide, weight, bias)]
+        y = function(leaves[0].chunk(2, -1)[1], *leaves[1:], kernel="mamba_ssm")
+        y.backward(dy)
+        found = [y.detach(), leaves[0].grad.chunk(2, -1)[1], leaves[1].grad, leaves[2].grad]
+        assert max(relative(a, b) for a, b in zip(found, wanted, strict=True)) < limit
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("n_classes", [65_536, 2048, 1000])
+def test_loss_on_the_gpu(n_classes, dtype, limit):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 33, 64, generator=generator)
+    weight = torch.randn(n_classes, 64, generator=generator) / 4
+    labels = torch.randint(n_classes, (2, 33), generator=generator)
+    labels[0, 3:9] = IGNORE
+    results = []
+    for device, kind, function in (("cpu", torch.float64, token_loss), ("cuda", torch.float32, training_loss)):
+        leaves = [leaf.to(device, kind).requires_grad_() for leaf in (hidden, weight)]
+        with torch.autocast("cuda", dtype=dtype, enabled=device == "cuda" and dtype == torch.bfloat16):
+            loss = function(leaves[0], leaves[1], None, labels.to(device))
+        (3 * loss).backward()
+        results.append([loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
+    assert max(relative(a, b.double()) for a, b in zip(results[1], results[0], strict=True)) < limit
+
+
+def test_without_cuda_the_plain_paths_run():
+    hidden, weight = torch.randn(1, 4, 8), torch.randn(16, 8)
+    labels = torch.tensor([[1, 2, IGNORE, 3]])
+    assert torch.equal(training_loss(hidden, weight, None, labels), token_loss(hidden, weight, None, labels))
+    x, taps, bias = torch.randn(1, 5, 3), torch.randn(3, 1, 4), torch.randn(3)
+    assert torch.equal(causal_conv_silu(x, taps, bias, kernel="mamba_ssm"), F.silu(causal_conv(x, taps, bias)))
+
+
+INTERPRETED = """
+import torch
+from torch.nn import functional as F
+from test_triton_kernels import SHAPES, conv_case, conv_reference, relative
+from flowhn.models.mixers.conv_triton import conv_silu_backward, conv_silu_forward
+from flowhn.training import cross_entropy_triton
+
+for shape in SHAPES:
+    wide, weight, bias, dy = conv_case(shape, "cpu", torch.float32)
+    x, taps = wide.chunk(2, -1)[1], weight.squeeze(1).contiguous()
+    dx, dw, dbias = conv_silu_backward(dy, x, taps, bias)
+    found = [conv_silu_forward(x, taps, bias), dx, dw[:, None], dbias]
+    assert max(relative(a, b) for a, b in zip(found, conv_reference(wide, weight, bias, dy))) < 1e-5, shape
+for rows, classes, block in ((7, 1000, 256), (3, 64, 8192), (5, 513, 128)):
+    cross_entropy_triton._BLOCK = block
+    logits, labels = torch.randn(rows, classes) * 5, torch.randint(classes, (rows,))
+    labels[2] = -100
+    leaf = logits.double().requires_grad_()
+    loss = F.cross_entropy(leaf, labels)
+    loss.backward()
+    share = 1 / (labels != -100).sum().float()
+    losses = cross_entropy_triton.cross_entropy_and_gradient_(logits, labels, share, -100)
+    assert relative(losses.sum() * share, loss.detach()) < 1e-5
+    assert relative(logits, leaf.grad) < 1e-5
+"""
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="Triton's interpreter needs Triton, which comes with CUDA builds of torch only; with a GPU the tests above run",
+)
+def test_kernels_in_the_interpreter():
+    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
