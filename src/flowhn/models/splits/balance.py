@@ -40,18 +40,29 @@ class FlopAware(Split):
     Args:
         ratio: attention's share of the tokens, 0 to 1, instead of the balanced one: ``int(ratio * T)`` as in the
             published code, then the nearest multiple.
+        balance: what is balanced when there is no ratio: ``flops`` (counted, as published) or ``time`` (measured on the
+            device; whoever builds the model measures first and sets ``ratio``, see ``flowhn.benchmark.balance``).
         multiple_of: round the number of attention tokens to a multiple of this, for kernels that like round lengths.
             Has no effect on sequences shorter than it.
         window: see :class:`~flowhn.models.splits.base.Split`.
 
     Raises:
-        UserError: ``ratio`` outside 0 to 1, ``multiple_of`` not a positive integer.
+        UserError: ``ratio`` outside 0 to 1, ``multiple_of`` not a positive integer, an unknown ``balance``.
     """
 
     flop_balanced = True
 
-    def __init__(self, *, ratio: float | None = None, multiple_of: int = 1, window: int | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        ratio: float | None = None,
+        balance: str = "flops",
+        multiple_of: int = 1,
+        window: int | None = None,
+    ) -> None:
         super().__init__(window=window)
+        if balance not in ("flops", "time"):
+            raise UserError(f"split.balance={balance} must be flops or time")
         if ratio is not None and (
             isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 <= ratio <= 1.0
         ):
@@ -59,10 +70,13 @@ class FlopAware(Split):
         if isinstance(multiple_of, bool) or not isinstance(multiple_of, int) or multiple_of < 1:
             raise UserError(f"split.multiple_of={multiple_of} must be a positive number of tokens")
         self.ratio = ratio
+        self.balance = balance
         self.multiple_of = multiple_of
 
     def n_attention(self, n_tokens: int, cost: BranchCost) -> int:
         """How many of ``n_tokens`` tokens go to attention."""
+        if self.ratio is None and self.balance == "time":
+            raise UserError("split.balance=time has no measurement here; train with flowhn-train, or set split.ratio=")
         if self.ratio is None:
             return balanced_attention_tokens(n_tokens, cost, self.multiple_of)
         wanted = int(self.ratio * n_tokens)

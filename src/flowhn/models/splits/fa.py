@@ -16,7 +16,7 @@ class FlopAwareSplit(FlopAware):
 
     Args:
         attention_side: ``last`` (figure 2) or ``first`` (published code) tokens go to attention.
-        ratio, multiple_of, window: see :class:`~flowhn.models.splits.balance.FlopAware`.
+        ratio, balance, multiple_of, window: see :class:`~flowhn.models.splits.balance.FlopAware`.
 
     Raises:
         UserError: ``attention_side`` is neither; or as the base class does.
@@ -27,10 +27,11 @@ class FlopAwareSplit(FlopAware):
         *,
         attention_side: str = "last",
         ratio: float | None = None,
+        balance: str = "flops",
         multiple_of: int = 1,
         window: int | None = None,
     ) -> None:
-        super().__init__(ratio=ratio, multiple_of=multiple_of, window=window)
+        super().__init__(ratio=ratio, balance=balance, multiple_of=multiple_of, window=window)
         if attention_side not in ("last", "first"):
             raise UserError(f"split.attention_side={attention_side} must be last (figure 2) or first (published code)")
         self.attention_side = attention_side
