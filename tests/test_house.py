@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "src" / "flowhn"
-ENTRIES = {"train", "evaluate", "bench", "reproduce", "doctor"}
+ENTRIES = {"train", "evaluate", "bench", "reproduce", "doctor", "convert", "export", "generate"}
 ROOMS = {"models", "data", "training", "evaluation", "benchmark", "reporting"}
 # Of the package itself, what each room may import (its own files are always allowed).
 MAY_IMPORT = {

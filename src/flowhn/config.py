@@ -155,7 +155,7 @@ def _valid_keys(root: str) -> list[str]:
                 found += walk(node._get_node(key), f"{name}.")
         return found
 
-    return walk(cfg, "") + [group for group in groups() if group != "artefacts"]
+    return walk(cfg, "") + [group for group in groups() if group not in ("artefacts", "bench")]
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:

@@ -19,7 +19,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _kernel(logits, labels, scale, losses, n_classes, stride, ignore, BLOCK: tl.constexpr):
+def cross_entropy_kernel(logits, labels, scale, losses, n_classes, stride, ignore, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels + row)
     logits += row * stride
@@ -63,7 +63,7 @@ def cross_entropy_and_gradient_(logits: Tensor, labels: Tensor, scale: Tensor, i
     """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     block = min(_BLOCK, triton.next_power_of_2(logits.shape[1]))
-    _kernel[(logits.shape[0],)](
+    cross_entropy_kernel[(logits.shape[0],)](
         logits, labels, scale, losses, logits.shape[1], logits.stride(0), ignore, BLOCK=block, num_warps=_WARPS
     )
     return losses

@@ -34,7 +34,7 @@ def _activation(
 
 
 @triton.jit
-def _forward(
+def conv_silu_forward_kernel(
     x, w, bias, y, n_tokens, n_channels, stride_b, stride_t, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
 ):
     batch = tl.program_id(2).to(tl.int64)
@@ -50,7 +50,7 @@ def _forward(
 
 
 @triton.jit
-def _backward_activation(
+def conv_silu_backward_kernel(
     dy, x, w, bias, da, dw, dbias, n_tokens, n_channels, stride_b, stride_t, dy_stride_b, dy_stride_t,
     K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +79,7 @@ def _backward_activation(
 
 
 @triton.jit
-def _backward_input(da, w, dx, n_tokens, n_channels, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+def conv_silu_backward_input_kernel(da, w, dx, n_tokens, n_channels, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * BT + tl.arange(0, BT)
     channel = tl.program_id(0) * BE + tl.arange(0, BE)
@@ -105,7 +105,7 @@ def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (B, T, E) with adjacent channels, weight (E, K) and bias (E,) float32 -> y (B, T, E), contiguous, in x's type."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _forward[_grid(x)](
+    conv_silu_forward_kernel[_grid(x)](
         x, weight, bias, y, x.shape[1], x.shape[2], x.stride(0), x.stride(1), K=weight.shape[1], BT=BLOCK_T, BE=BLOCK_E
     )
     return y
@@ -123,10 +123,10 @@ def conv_silu_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> t
     da = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dw = torch.empty((grid[1] * grid[2], taps, n_channels), dtype=torch.float32, device=x.device)
     dbias = torch.empty((grid[1] * grid[2], n_channels), dtype=torch.float32, device=x.device)
-    _backward_activation[grid](
+    conv_silu_backward_kernel[grid](
         dy, x, weight, bias, da, dw, dbias, n_tokens, n_channels, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
         K=taps, BT=BLOCK_T, BE=BLOCK_E,
     )  # fmt: skip
     dx = torch.empty_like(da)
-    _backward_input[grid](da, weight, dx, n_tokens, n_channels, K=taps, BT=BLOCK_T, BE=BLOCK_E)
+    conv_silu_backward_input_kernel[grid](da, weight, dx, n_tokens, n_channels, K=taps, BT=BLOCK_T, BE=BLOCK_E)
     return dx, dw.sum(0).t().contiguous(), dbias.sum(0)

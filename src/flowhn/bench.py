@@ -1,0 +1,167 @@
+"""``flowhn-bench``: time training steps of many models, sizes, batches and lengths, one process for each cell.
+
+Each cell leaves one record; a cell whose record exists is not measured again, so a benchmark that is stopped, or that has
+``max_minutes``, goes on with the same command. Tables and figures are drawn from the records.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flowhn.cli import run_entry
+from flowhn.config import compose, nearest, to_dict
+from flowhn.errors import UserError
+from flowhn.reporting.bench import find_bench_records, read_bench_record, write_bench, write_bench_record
+from flowhn.reporting.record import config_hash, environment
+
+PROTOCOLS = {
+    "optimised": {"precision": "auto", "compile": "auto"},  # bf16 and compiled on CUDA
+    "published": {"precision": "32-true", "compile": False},
+}
+_FIRST_BATCH = {"tiny": 2, "135m": 16, "350m": 8, "1b": 4}  # where batch=auto begins at 1,024 tokens
+_FAILED = ("failed", "timed out")
+
+
+def main() -> None:
+    """Entry point of ``flowhn-bench``."""
+    run_entry(_main)
+
+
+def _main(argv: Sequence[str]) -> int:
+    config = to_dict(compose("bench", argv))
+    case = config["bench"]
+    folder = Path(config["output_dir"]) / "bench" / case["name"]
+    specs = list(plan(config))
+    begun, left = time.monotonic(), []
+    for number, spec in enumerate(specs, start=1):
+        path = folder / "records" / f"{spec_name(spec)}.json"
+        if path.is_file() and read_bench_record(path)["status"] not in _FAILED:
+            continue
+        if config["max_minutes"] is not None and time.monotonic() - begun > 60 * config["max_minutes"]:
+            left.append(spec_name(spec))
+            continue
+        sys.stderr.write(f"[{number}/{len(specs)}] {spec_name(spec)}\n")
+        record = {**_run(spec, config["cell_timeout_s"]), "case": case["name"]}
+        if record["git"]["commit"] is None:
+            record["git"] = {"commit": config["commit"], "dirty": None}
+        write_bench_record(path, record)
+        sys.stderr.write(f"    {_line(record)}\n")
+    records = find_bench_records(folder / "records")
+    if records:
+        written = write_bench(records, folder, title=case["title"])
+        sys.stdout.write(written[0].read_text(encoding="utf-8") + "\nwritten:\n" + "".join(f"  {p}\n" for p in written))
+    if left:
+        sys.stdout.write(f"not measured yet (max_minutes): {', '.join(left)}; the same command goes on\n")
+    failed = [record for record in records if record["status"] in _FAILED]
+    for record in failed:
+        sys.stderr.write(f"error: {record['cell']} at {record['size']} {record['status']}: {record['reason']}\n")
+    return 2 if failed else 0
+
+
+def plan(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The cells of a resolved ``configs/bench.yaml``, size by size.
+
+    Raises:
+        UserError: a model, size or protocol that is not there, or a batch that is not a number.
+    """
+    case = config["bench"]
+    chosen = _chosen("models", config["models"], case["cells"])
+    sizes = _chosen("sizes", config["sizes"] or case["sizes"], _FIRST_BATCH)
+    protocol = config["protocol"] or case["protocol"]
+    if protocol not in PROTOCOLS:
+        raise UserError(f"protocol={protocol} does not exist; {nearest(protocol, PROTOCOLS)}")
+    lengths = [config["seq_len"]] if config["seq_len"] else case["seq_lens"]
+    for size in sizes:
+        for seq_len in lengths:
+            batch, first = _batch(config, case, size, seq_len, lengths[0])
+            for cell in chosen:
+                entry = case["cells"][cell]
+                peer, own = (entry["peer"], entry["overrides"]) if isinstance(entry, Mapping) else (None, entry)
+                overrides = [
+                    *own,
+                    f"size={size}",
+                    f"seq_len={seq_len}",
+                    f"global_batch_tokens={seq_len}",
+                    *config["overrides"],
+                ]
+                compose("train", overrides)  # a bad override is one sentence before anything is measured
+                yield {
+                    "cell": cell, "size": size, "seq_len": seq_len, "protocol": protocol, "peer": peer, "batch": batch,
+                    "first_batch": first, "overrides": overrides, "repeat": config["repeat"], "seed": config["seed"],
+                    "windows": config["windows"], "steps_per_window": config["steps_per_window"],
+                    "warmup_steps": config["warmup_steps"], "profile": config["profile"], **PROTOCOLS[protocol],
+                }  # fmt: skip
+
+
+def _chosen(key: str, wanted: Any, known: Mapping[str, Any]) -> list[str]:
+    names = (
+        list(known) if wanted is None else [str(name) for name in (wanted if isinstance(wanted, list) else [wanted])]
+    )
+    for name in names:
+        if name not in known:
+            raise UserError(f"{key}={name} is not in this benchmark; {nearest(name, known)}")
+    return names
+
+
+def _batch(
+    config: Mapping[str, Any], case: Mapping[str, Any], size: str, seq_len: int, shortest: int
+) -> tuple[Any, int]:
+    """The number of sequences or ``auto``, and where a search begins."""
+    batch = config["batch"] if config["batch"] is not None else case["batch"]
+    batch = batch.get(size) if isinstance(batch, Mapping) else batch
+    first = max(1, _FIRST_BATCH[size] * 1024 // seq_len) if seq_len > 1024 else _FIRST_BATCH[size]
+    if batch == "auto":
+        return batch, first
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise UserError(f"batch={batch} must be auto or a number of sequences, at least 1")
+    if case.get("constant_tokens"):
+        batch = max(1, batch * shortest // seq_len)
+    return batch, first
+
+
+def spec_name(spec: Mapping[str, Any]) -> str:
+    """File name of a cell's record: readable, and different for everything that changes the measurement."""
+    asked = {key: value for key, value in spec.items() if key != "profile"}
+    return f"{spec['cell']}-{spec['size']}-T{spec['seq_len']}-{spec['protocol']}-r{spec['repeat']}-{config_hash(asked)[:8]}"
+
+
+def _run(spec: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """Measure one cell in a process of its own; whatever happens there, a record comes back."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    base = {**spec, **environment(), "created": created, "device": {"name": None, "type": None}, "tried": []}
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        asked, answer = Path(folder) / "spec.json", Path(folder) / "result.json"
+        asked.write_text(json.dumps(spec), encoding="utf-8")
+        command = [sys.executable, "-m", "flowhn.bench_cell", str(asked), str(answer)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        except subprocess.TimeoutExpired:
+            return {**base, "status": "timed out", "reason": f"not done after {timeout:.0f} s; raise cell_timeout_s="}
+        if done.returncode == 0:
+            result = json.loads(answer.read_text(encoding="utf-8"))
+            return {**base, **result, "cell_seconds": time.monotonic() - begun}
+    lines = done.stderr.strip().splitlines()
+    return {**base, "status": "failed", "reason": lines[-1] if lines else f"exit code {done.returncode}"}
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    if record["status"] != "done":
+        return f"{record['status']}: {record['reason']}"
+    share = 100 * record["share_of_matmul"]
+    return (
+        f"{record['tps']:,.0f} tokens/s at batch {record['batch']}, {share:.1f} % of the matrix-product rate, "
+        f"first step {record['first_step_seconds']:.0f} s, cell {record['cell_seconds']:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Models of the same sizes from transformers, to time beside ours: is a baseline here as fast as it can be had elsewhere?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowhn.errors import UserError
+
+PEERS = ("llama", "mamba1", "mamba2", "jamba")
+
+
+class Peer(nn.Module):
+    """A transformers causal LM whose ``forward(input_ids, labels)``, both (B, T), gives its own mean loss.
+
+    ``labels`` are the next tokens, as everywhere here; transformers shifts by itself, so it gets them shifted back.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        shifted = torch.cat([input_ids[:, :1], labels[:, :-1]], dim=1)  # transformers compares logits[t] with [t + 1]
+        return self.model(input_ids=input_ids, labels=shifted, use_cache=False).loss
+
+
+def build_peer(name: str, config: Mapping[str, Any]) -> Peer:
+    """transformers' model with the sizes of a resolved config of ours (``model`` and ``size`` of it).
+
+    Raises:
+        UserError: no such peer.
+    """
+    import transformers
+
+    size = config["size"]
+    if name not in PEERS:
+        raise UserError(f"there is no peer {name}; choose one of {', '.join(PEERS)}")
+    common = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": size["d_model"],
+        "num_hidden_layers": size["n_layers"][name],
+        "tie_word_embeddings": False,
+    }
+    heads = {"num_attention_heads": size["n_heads"], "num_key_value_heads": size["n_kv_heads"]}
+    if name == "llama":
+        made = transformers.LlamaConfig(
+            **common, **heads, intermediate_size=size["d_ff"]["llama"], attn_implementation="sdpa"
+        )
+        return Peer(transformers.LlamaForCausalLM(made))
+    if name == "mamba1":
+        made = transformers.MambaConfig(**common, state_size=16, conv_kernel=4, expand=2, use_cache=False)
+        return Peer(transformers.MambaForCausalLM(made))
+    if name == "mamba2":
+        sizes = size["mamba2"]
+        n_heads = 2 * size["d_model"] // sizes["headdim"]
+        made = transformers.Mamba2Config(
+            **common, state_size=sizes["d_state"], conv_kernel=4, expand=2, head_dim=sizes["headdim"], num_heads=n_heads,
+            n_groups=1, chunk_size=sizes["chunk_size"], use_cache=False,
+        )  # fmt: skip
+        return Peer(transformers.Mamba2ForCausalLM(made))
+    made = transformers.JambaConfig(
+            **common, **heads, intermediate_size=size["d_ff"]["jamba"], num_experts=1, attn_layer_period=4, attn_layer_offset=2,
+            use_cache=False,
+    )  # fmt: skip
+    return Peer(transformers.JambaForCausalLM(made))

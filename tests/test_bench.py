@@ -1,0 +1,204 @@
+"""``flowhn-bench``: planning, one process a cell, records that are kept, tables and goals from records alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pandas as pd
+import pytest
+import torch
+
+from flowhn import bench, bench_cell
+from flowhn.benchmark.peers import PEERS, build_peer
+from flowhn.benchmark.profile import kind_of, profile_steps, union
+from flowhn.config import compose, groups, to_dict
+from flowhn.errors import UserError
+from flowhn.reporting.bench import (
+    bench_table,
+    find_bench_records,
+    goals,
+    read_bench_record,
+    write_bench,
+    write_bench_record,
+)
+
+SMALL = ["sizes=[tiny]", "seq_len=16", "batch=1", "windows=2", "steps_per_window=1", "warmup_steps=0"]
+
+
+def fake(cell: str, tps: float, size: str = "135m", **changes) -> dict:
+    record = {
+        "cell": cell, "size": size, "seq_len": 1024, "protocol": "optimised", "repeat": 0, "status": "done", "batch": 64,
+        "parameters": 132_000_000, "tps": tps, "window_step_seconds": [64 * 1024 / tps * f for f in (0.99, 1.0, 1.01)],
+        "first_step_seconds": 20.0, "flops_per_token": 4e8, "peak_flops": 989.4e12, "share_of_matmul": 4e8 * tps / 7.9e14,
+        "peak_bytes": 15 * 2**30, "device": {"name": "NVIDIA H200"}, "versions": {"torch": "2.11"}, "git": {"commit": "abc"},
+    }  # fmt: skip
+    return record | changes
+
+
+@pytest.mark.parametrize("case", groups()["bench"])
+def test_every_benchmark_plans_its_cells(case):
+    config = to_dict(compose("bench", [f"bench={case}", "batch=8"]))
+    specs = list(bench.plan(config))
+    names = [bench.spec_name(spec) for spec in specs]
+    assert len(names) == len(set(names)) > 0
+    assert all(spec["batch"] >= 1 for spec in specs)
+
+
+def test_length_keeps_the_tokens_of_a_step():
+    specs = list(bench.plan(to_dict(compose("bench", ["bench=length", "models=[llama]"]))))
+    assert {spec["batch"] * spec["seq_len"] for spec in specs} == {65_536}
+    assert [spec["seq_len"] for spec in specs] == [1024, 2048, 4096, 8192, 16384, 32768]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["models=[lama]"], "did you mean llama"),
+        (["sizes=[2b]"], "did you mean 1b"),
+        (["protocol=fast"], "protocol=fast does not exist"),
+        (["batch=0"], "batch=0 must be auto or a number"),
+        (["overrides=['split.ratios=1']"], r"unknown key split\.ratios"),
+        (["windoes=3"], "did you mean windows"),
+    ],
+)
+def test_bad_requests_are_one_sentence_before_anything_is_measured(words, said):
+    with pytest.raises(UserError, match=said):
+        list(bench.plan(to_dict(compose("bench", words))))
+
+
+def test_a_cell_is_measured_in_its_own_process_once(tmp_path, capsys, monkeypatch):
+    words = [*SMALL, "models=[flowhn_fac]", f"output_dir={tmp_path}", "profile=true", "commit=1234567"]
+    assert bench._main(words) == 0
+    folder = tmp_path / "bench" / "figure4"
+    (record,) = find_bench_records(folder / "records")
+    assert record["status"] == "done"
+    assert record["tps"] > 0
+    assert record["kernels"]["attention"] == "sdpa"
+    assert record["flops_per_token"] > 3 * 2 * 80 * 2048
+    assert len(record["window_step_seconds"]) == 2
+    assert sum(record["profile"]["kinds"].values()) == pytest.approx(record["profile"]["kernel_ms"])
+    assert "FlowHN FAC_Split" in (folder / "table.md").read_text()
+    assert (folder / "figure4.png").stat().st_size > 1000
+    monkeypatch.setattr(bench, "_run", lambda *a: pytest.fail("measured again"))
+    assert bench._main(words) == 0
+
+
+def test_a_cell_that_dies_is_listed_and_measured_again(tmp_path, capsys, monkeypatch):
+    words = [*SMALL, "models=[llama]", f"output_dir={tmp_path}"]
+    dead = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no kernel image")
+    monkeypatch.setattr("flowhn.bench.subprocess.run", lambda *a, **k: dead)
+    monkeypatch.setattr("flowhn.bench.environment", lambda: {"git": {"commit": None, "dirty": None}, "versions": {}})
+    assert bench._main(words) == 2
+    assert "RuntimeError: no kernel image" in capsys.readouterr().err
+    (record,) = find_bench_records(tmp_path / "bench" / "figure4" / "records")
+    assert record["status"] == "failed"
+
+
+def test_max_minutes_leaves_the_rest_for_the_next_call(tmp_path, capsys, monkeypatch):
+    done = {"status": "done", "git": {"commit": "a"}, **fake("llama", 1.0)}
+    monkeypatch.setattr(bench, "_run", lambda spec, timeout: pytest.fail("started") if spec is None else done)
+    assert bench._main([*SMALL, "max_minutes=-1", f"output_dir={tmp_path}"]) == 0
+    assert "not measured yet" in capsys.readouterr().out
+
+
+def test_batch_search_doubles_until_nothing_is_gained():
+    speeds = {2: 100.0, 4: 150.0, 8: 151.0}
+
+    def run(batch, windows, steps):
+        return {"seconds": [batch * 10 / speeds[batch]]}
+
+    best, tried = bench_cell._search({"first_batch": 2, "seq_len": 10}, run)
+    assert best == 8
+    assert [entry["batch"] for entry in tried] == [2, 4, 8]
+
+
+def test_batch_search_stops_where_memory_ends():
+    def run(batch, windows, steps):
+        if batch > 4:
+            raise torch.OutOfMemoryError("full")
+        return {"seconds": [1.0]}
+
+    best, tried = bench_cell._search({"first_batch": 2, "seq_len": 10}, run)
+    assert best == 4
+    assert tried[-1] == {"batch": 8, "status": "out of memory"}
+    with pytest.raises(torch.OutOfMemoryError):
+        bench_cell._search({"first_batch": 8, "seq_len": 10}, run)
+
+
+def test_out_of_memory_is_a_result(monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried")
+
+    monkeypatch.setattr(bench_cell, "_build", full)
+    (spec,) = bench.plan(to_dict(compose("bench", [*SMALL, "models=[llama]"])))
+    result = bench_cell.measure(spec)
+    assert result["status"] == "out of memory"
+    frame = bench_table([fake("llama", 1.0) | result])
+    assert "out of memory" in frame.status[0]
+
+
+def test_tokens_are_random_and_the_next_ones_are_the_labels():
+    ids, labels = bench_cell._tokens({"seed": 0, "seq_len": 64}, 4, 1000, torch.device("cpu"))
+    assert torch.equal(ids[:, 1:], labels[:, :-1])
+    assert len(ids.unique()) > 150
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_peers_have_our_size_and_the_same_targets(name):
+    config = to_dict(compose("train", [f"model={name}", "size=tiny"]))
+    peer = build_peer(name, config)
+    from flowhn.config import build_model
+
+    ours = build_model(config).num_parameters()
+    assert sum(parameter.numel() for parameter in peer.parameters()) == pytest.approx(ours, rel=0.02)
+    data = torch.randint(2048, (2, 18))
+    logits = peer.model(input_ids=data[:, :-1]).logits
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), data[:, 1:-1].flatten())
+    assert peer(data[:, :-1], data[:, 1:]).item() == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_records_are_guarded(tmp_path):
+    path = tmp_path / "records" / "a.json"
+    write_bench_record(path, fake("llama", 5.0))
+    assert read_bench_record(path)["tps"] == 5.0
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "tps": 6.0}))
+    with pytest.raises(UserError, match="edited"):
+        read_bench_record(path)
+    path.write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_bench_record(path)
+
+
+def test_goals_stand_beside_what_was_reached(tmp_path):
+    records = [
+        fake("flowhn_fac", 1_100_000), fake("flowhn_fac_mamba2", 1_000_000), fake("llama", 850_000), fake("peer_llama", 600_000),
+    ]  # fmt: skip
+    frame = goals(bench_table(records)).set_index("what")
+    assert bool(frame.loc["FlowHN FAC_Split", "met"])
+    assert not bool(frame.loc["FlowHN FAC_Split, Mamba-2 branch", "met"])
+    lead = frame.filter(like="fastest", axis=0).iloc[0]
+    assert lead.reached == pytest.approx(1_100_000 / 850_000)
+    assert frame.filter(like="transformers", axis=0).iloc[0].reached == pytest.approx(850 / 600)
+    write_bench(records, tmp_path, title="T")
+    text = (tmp_path / "table.md").read_text()
+    assert "Goal and reached" in text
+    assert pd.read_csv(tmp_path / "table.csv").tps.max() == 1_100_000
+
+
+def test_repeats_are_pooled_with_their_spread():
+    frame = bench_table([fake("llama", 100.0), fake("llama", 120.0, repeat=1)])
+    assert len(frame) == 1
+    assert frame.runs[0] == 2
+    assert frame.tps[0] == 110.0
+    assert frame.spread[0] > 9
+
+
+def test_overlap_is_what_the_union_does_not_cover():
+    assert union([(0, 2), (1, 3), (5, 6)]) == 4
+    assert kind_of("selective_scan_bwd_kernel<x>") == "SSM scan"
+    assert kind_of("nvjet_sm90_tst_192x192_64x4") == "matrix products"
+    assert kind_of("something new") == "other"
+    found = profile_steps(lambda: torch.randn(64, 64) @ torch.randn(64, 64), device=torch.device("cpu"))
+    assert found["kernel_ms"] > 0
