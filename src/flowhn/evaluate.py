@@ -30,6 +30,7 @@ def _main(argv: Sequence[str]) -> int:
     args = parser.parse_args(list(argv))
 
     from flowhn.config import compose, to_dict
+    from flowhn.evaluation.suites import needs_heldout
     from flowhn.experiment import Workshop, write_json
     from flowhn.loading import load_run
     from flowhn.training import resolve_hardware
@@ -40,7 +41,7 @@ def _main(argv: Sequence[str]) -> int:
     config = {**loaded.config, "cache_dir": asked["cache_dir"]}
     workshop = Workshop()
     # The questions of eval=docs come from the run's own held-out documents.
-    needs_documents = any(task.startswith("docs_") for task in asked["eval"]["tasks"])
+    needs_documents = needs_heldout(asked["eval"]["tasks"])
     result = workshop.evaluate(
         loaded.model,
         loaded.tokenizer,

@@ -197,13 +197,14 @@ class Workshop:
                 suite=dict(suite),
                 heldout_file=heldout_file,
                 work_dir=Path(config["cache_dir"]) / "eval" / key,
+                tokenizer=tokenizer,
                 seed=1234,  # the same questions for every seed of a run
             )
         result = self._evaluators[key].run(
             model,
             tokenizer,
             device=hardware.device,
-            max_length=config["seq_len"],
+            max_length=suite.get("max_length") or config["seq_len"],
             dtype=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
             on_progress=(lambda done, total: on_progress(Progress("eval", done, total))) if on_progress else None,
         )

@@ -18,8 +18,25 @@ from torch import nn
 from flowhn.errors import UserError
 from flowhn.evaluation.docs_tasks import write_docs_tasks
 from flowhn.evaluation.lm import FlowHNLM, Tokenizer
-from flowhn.evaluation.suites import DOCS_TASKS, chance, write_paper_task
+from flowhn.evaluation.long_context import LONG_TASKS, QUESTIONS, write_long_tasks
+from flowhn.evaluation.suites import (
+    CODE_TASKS,
+    DOCS_TASKS,
+    PAPER_TASKS,
+    chance,
+    needs_heldout,
+    task_length,
+    write_code_task,
+    write_paper_task,
+)
 
+_METRICS = (
+    "acc_mutual_info",
+    "exact_match",
+    "pass@1",
+    "pass_at_1",
+    "acc",
+)  # the first that a task has is the one shown
 _BOOTSTRAP = 200  # resamples for the standard error of a perplexity; accuracies have a closed form
 
 
@@ -30,39 +47,59 @@ class Evaluator:
 
     Args:
         suite: ``{name, tasks, data_dir, limit}`` of ``configs/eval/*.yaml``.
-        heldout_file: held-out documents for the tasks of ``eval=docs``.
+        heldout_file: held-out documents for the tasks of ``eval=docs`` and ``eval=long_context``.
         work_dir: folder for generated task files; made anew.
-        seed: decides the questions of ``eval=docs``.
+        seed: decides the questions of both.
+        tokenizer: of the models to come, for ``eval=long_context``, whose lengths are in tokens.
 
     Raises:
         UserError: a task or its data is missing.
     """
 
-    def __init__(self, *, suite: Mapping[str, Any], heldout_file: Path | None, work_dir: Path, seed: int) -> None:
+    def __init__(
+        self,
+        *,
+        suite: Mapping[str, Any],
+        heldout_file: Path | None,
+        work_dir: Path,
+        seed: int,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         self.suite = dict(suite)
         limit = self.suite.get("limit")
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise UserError(f"eval.limit={limit} must be null or the number of questions of each task")
         work_dir = Path(work_dir) / str(os.getpid())  # another process may evaluate the same suite
         shutil.rmtree(work_dir, ignore_errors=True)
-        self._write_tasks(work_dir, heldout_file, seed)
+        self._write_tasks(work_dir, heldout_file, seed, tokenizer)
         with _quiet():
             self._limit = limit
-            self._tasks = _load_tasks(work_dir, list(self.suite["tasks"]), self.suite.get("data_dir"))
-            for task in self._tasks.values():
-                size = min(limit, len(task.eval_docs)) if limit else None
-                task.build_all_requests(limit=size, rank=0, world_size=1)
+            self._tasks = _load_tasks(work_dir, list(self.suite["tasks"]), self.suite.get("data_dir"), limit)
         shutil.rmtree(work_dir, ignore_errors=True)
 
-    def _write_tasks(self, folder: Path, heldout_file: Path | None, seed: int) -> None:
+    @property
+    def tasks(self) -> Mapping[str, Any]:
+        """lm-eval's task objects by name; their requests are built (``task.instances``)."""
+        return self._tasks
+
+    def _write_tasks(self, folder: Path, heldout_file: Path | None, seed: int, tokenizer: Tokenizer | None) -> None:
         names = list(self.suite["tasks"])
+        if needs_heldout(names) and heldout_file is None:
+            raise UserError(
+                f"eval={self.suite['name']} needs held-out text, which this data has not; set eval=none or eval=paper"
+            )
         if any(name in DOCS_TASKS for name in names):
-            if heldout_file is None:
-                raise UserError("eval=docs needs held-out text, which this data has not; set eval=none or eval=paper")
             write_docs_tasks(heldout_file, folder, seed=seed)
+        if long := [name for name in names if name in LONG_TASKS]:
+            if tokenizer is None:
+                raise UserError(f"{long[0]} counts its length in tokens and the model has no tokenizer; set eval=none")
+            size = self.suite.get("limit") or QUESTIONS  # made to measure: the first of 50 would all be asked early
+            write_long_tasks(long, folder, heldout_file=heldout_file, tokenizer=tokenizer, seed=seed, n_questions=size)
         data_dir = self.suite.get("data_dir")
         for name in names:
-            if name not in DOCS_TASKS:
+            if name in CODE_TASKS:
+                write_code_task(name, folder)
+            elif not needs_heldout([name]):
                 write_paper_task(name, folder, data_dir=Path(data_dir).expanduser() if data_dir else None)
 
     def run(
@@ -84,10 +121,17 @@ class Evaluator:
         Returns:
             ``{"tasks": {task: numbers}, "seconds": s}``. The numbers are lm-eval's (``acc``, ``acc_stderr``, ``acc_norm``,
             ``acc_norm_stderr``, ``perplexity``, ``perplexity_stderr``, where the task has them), with ``n`` questions,
-            the accuracy of guessing as ``chance``, ``correct``: for each accuracy, one 0 or 1 per question, and the
-            name of the accuracy that tables show as ``metric``.
+            the accuracy of guessing as ``chance``, ``correct``: for each accuracy, one 0 or 1 per question, the name of
+            the accuracy that tables show as ``metric``, and for ``eval=long_context`` the questions' ``length`` in tokens.
+
+        Raises:
+            UserError: questions longer than ``max_length``, which would be cut.
         """
         from lm_eval.evaluator import evaluate
+
+        for name in self._tasks:
+            if (length := task_length(name)) and length > max_length + 1:
+                raise UserError(f"eval.max_length={max_length} would cut the questions of {name}; set it to {length}")
 
         begun = time.monotonic()
         was_training = model.training
@@ -99,26 +143,51 @@ class Evaluator:
                 {"tasks": self._tasks, "groups": {}, "group_map": {}},
                 limit=self._limit,
                 bootstrap_iters=_BOOTSTRAP,
+                confirm_run_unsafe_code=any(
+                    name in CODE_TASKS for name in self._tasks
+                ),  # asked for when they were written
             )
         model.train(was_training)
         tasks = {name: _numbers(name, out["results"][name], out["samples"][name]) for name in self._tasks}
         return {"tasks": tasks, "seconds": time.monotonic() - begun}
 
 
-def _load_tasks(folder: Path, names: list[str], data_dir: Any) -> dict[str, Any]:
+def _load_tasks(folder: Path, names: list[str], data_dir: Any, limit: int | None) -> dict[str, Any]:
+    """lm-eval's task objects with their requests built."""
     from lm_eval.tasks import TaskManager
 
-    try:
-        # Indexing all of lm-eval's tasks takes 17 s; the folder holds the few that are asked for.
-        return TaskManager(include_path=str(folder), include_defaults=False).load(names)["tasks"]
-    except Exception as error:  # datasets and the hub raise many classes for data that cannot be had or read
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if data_dir:
-            raise UserError(f"eval.data_dir={data_dir} has a file that lm-eval cannot read ({first})") from error
-        raise UserError(
-            f"the evaluation data cannot be had from the hub ({first}); give a folder with <task>.jsonl files as "
-            "eval.data_dir=, or set eval=docs or eval=none"
-        ) from error
+    # Indexing all of lm-eval's tasks takes 17 s; the folder holds the few that are asked for.
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    tasks = {}
+    for name in names:
+        try:
+            task = manager.load([name])["tasks"][name]
+            size = min(limit or len(task.eval_docs), len(task.eval_docs))
+            if any(task.doc_to_target(task.eval_docs[row]) is None for row in range(size)):
+                raise ValueError("a question has no answer")
+            task.build_all_requests(limit=size, rank=0, world_size=1)
+        except Exception as error:  # datasets and the hub raise many classes for data that cannot be had or read
+            raise _unreadable(name, data_dir, error) from error
+        tasks[name] = task
+    return tasks
+
+
+def _unreadable(task: str, data_dir: Any, error: Exception) -> UserError:
+    reason = (str(error.__cause__ or error).strip().splitlines() or [""])[0] or type(error).__name__
+    if data_dir and task in PAPER_TASKS:
+        return UserError(
+            f"eval.data_dir={data_dir} has a file for {task} that lm-eval cannot read ({reason}); give it one question "
+            "per line in the columns of the original"
+        )
+    if task in CODE_TASKS:
+        return UserError(
+            f"{task} needs the Hugging Face hub for its questions and for code_eval, which runs the tests, and one of them "
+            f"cannot be had ({reason}); use a machine with a network or choose another eval="
+        )
+    return UserError(
+        f"the evaluation data of {task} cannot be had from the hub ({reason}); give a folder with <task>.jsonl files as "
+        "eval.data_dir=, or set eval=docs or eval=none"
+    )
 
 
 @contextlib.contextmanager
@@ -138,23 +207,25 @@ def _keep_requests(tasks: Any) -> Iterator[None]:
 
 def _numbers(name: str, results: Mapping[str, Any], samples: list[Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"n": len(samples), "chance": chance(name)}
+    if length := task_length(name):
+        found["length"] = length
     for key, value in results.items():
-        metric = key.removesuffix(",none")
-        if key.endswith(",none") and isinstance(value, int | float):
+        metric, _, answer_filter = key.partition(",")  # "acc,none"; code tasks: "pass@1,create_test"
+        if answer_filter and isinstance(value, int | float):
             found[metric] = float(value)
     ordered = sorted(samples, key=lambda sample: sample["doc_id"])
     found["correct"] = {
         metric: "".join(str(int(sample[metric])) for sample in ordered)
-        for metric in ("acc", "acc_norm", "acc_mutual_info")
+        for metric in ("acc_norm", *_METRICS)
         if ordered and metric in ordered[0]
     }
-    found["metric"] = "acc_mutual_info" if "acc_mutual_info" in found["correct"] else "acc"
+    found["metric"] = next((metric for metric in _METRICS if metric in found["correct"]), "acc")
     return found
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's, datasets' and the hub's progress bars, prints and warnings; errors still come through."""
+    """Without lm-eval's, datasets' and the hub's progress bars, prints and logs; what fails raises."""
     import datasets
 
     bars = datasets.are_progress_bars_disabled()
@@ -165,7 +236,7 @@ def _quiet() -> Iterator[None]:
         "1"  # lm-eval's bootstrap starts a process per core for a tenth of a second's work
     )
     for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from flowhn.errors import UserError
+from flowhn.evaluation.long_context import LONG_TASKS
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,41 @@ PAPER_TASKS = {
     "lambada_openai": PaperTask("lambada/lambada_openai.yaml", "test", 0.0),
 }
 DOCS_TASKS = {"docs_continuation": 0.25, "docs_lastword": 0.0}
+CODE_TASKS = {"humaneval": "humaneval/humaneval.yaml", "mbpp": "mbpp/mbpp.yaml"}  # lm-eval's YAML
+CONSENT = "HF_ALLOW_CODE_EVAL"  # the environment variable by which code_eval, which runs the programs, is allowed to
 
 
 def chance(task: str) -> float | None:
     """Accuracy of guessing in a task, None where it is not known."""
-    return PAPER_TASKS[task].chance if task in PAPER_TASKS else DOCS_TASKS.get(task)
+    if task in PAPER_TASKS:
+        return PAPER_TASKS[task].chance
+    return 0.0 if task in LONG_TASKS or task in CODE_TASKS else DOCS_TASKS.get(task)
+
+
+def needs_heldout(tasks: Iterable[str]) -> bool:
+    """Whether any of these tasks is made from held-out documents."""
+    return any(task in DOCS_TASKS or task in LONG_TASKS for task in tasks)
+
+
+def task_length(task: str) -> int | None:
+    """Tokens of a task's questions where that is what it varies (``eval=long_context``), else None."""
+    return LONG_TASKS.get(task)
+
+
+def write_code_task(task: str, folder: Path) -> None:
+    """Write a YAML that includes lm-eval's own HumanEval or MBPP.
+
+    Raises:
+        UserError: the user has not allowed to run what the model writes.
+    """
+    if os.environ.get(CONSENT) != "1":
+        raise UserError(
+            f"{task} runs the programs that the model writes on this machine; where that is safe (a container), set "
+            f"{CONSENT}=1 in the environment, else leave {task} out of eval.tasks or choose another eval="
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = f"include: {files('lm_eval') / 'tasks' / CODE_TASKS[task]}\ntask: {task}\n"
+    (folder / f"{task}.yaml").write_text(text, encoding="utf-8")
 
 
 def write_paper_task(task: str, folder: Path, *, data_dir: Path | None) -> None:
@@ -44,7 +77,8 @@ def write_paper_task(task: str, folder: Path, *, data_dir: Path | None) -> None:
         UserError: an unknown task, or no ``<task>.jsonl`` or ``<task>.jsonl.gz`` in the folder.
     """
     if task not in PAPER_TASKS:
-        raise UserError(f"eval.tasks has {task}, which is not one of {', '.join(PAPER_TASKS)}")
+        known = ", ".join([*PAPER_TASKS, *DOCS_TASKS, *LONG_TASKS, *CODE_TASKS])
+        raise UserError(f"eval.tasks has {task}, which is not one of {known}")
     spec = PAPER_TASKS[task]
     lines = [f"include: {files('lm_eval') / 'tasks' / spec.yaml}", f"task: {task}"]
     if data_dir is not None:

@@ -118,10 +118,8 @@ def resolve_attention(requested: str, device_type: str) -> str:
     return _resolve_attention(requested, device_type)
 
 
-@torch.compiler.assume_constant_result
 @cache
-def triton_usable() -> bool:
-    """Whether Triton kernels run on the CUDA device: Triton is importable and the device is Ampere or newer."""
+def _triton_usable() -> bool:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
         return False
     try:
@@ -131,9 +129,15 @@ def triton_usable() -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
+def triton_usable() -> bool:
+    """Whether Triton kernels run on the CUDA device: Triton is importable and the device is Ampere or newer; cached."""
+    return _triton_usable()
+
+
 def clear_cache() -> None:
     """Forget what was probed, for tests and for a package installed while the process runs."""
-    for function in (_probe, _resolve_ssm, _resolve_attention):
+    for function in (_probe, _resolve_ssm, _resolve_attention, _triton_usable):
         function.cache_clear()
 
 
