@@ -115,7 +115,7 @@ def install_fake_mamba_ssm(monkeypatch):
     halves = {"_mamba_chunk_scan_combined_fwd": ssd_fwd, "_mamba_chunk_scan_combined_bwd": ssd_bwd}
     fake_module(monkeypatch, SSD_MODULE, **halves)
     for module in (mamba1, mamba2):
-        monkeypatch.setattr(module, "resolve_ssm", lambda requested, device: "mamba_ssm")
+        monkeypatch.setattr(module, "resolve_ssm", lambda requested, device, has_triton=False: "mamba_ssm")
     return calls
 
 
@@ -232,7 +232,7 @@ def test_asked_by_name_but_unusable(monkeypatch, resolve, name):
 @pytest.mark.parametrize("resolve", [kernels.resolve_ssm, kernels.resolve_attention])
 def test_unknown_name(resolve):
     with pytest.raises(UserError, match="choose one of auto"):
-        resolve("triton", "cpu")
+        resolve("warp", "cpu")
 
 
 @pytest.mark.parametrize("body", [

@@ -1,6 +1,7 @@
 """The networks: mixers, blocks, splits, fusions and the language model around them. Plain torch, no config objects."""
 
 from flowhn.models.blocks import ParallelBlock, SequentialBlock, SwiGLU
+from flowhn.models.convert import from_transformers
 from flowhn.models.fusions import ConcatProj
 from flowhn.models.hymba import HymbaBlock
 from flowhn.models.kernels import kernels_used, resolve_attention, resolve_ssm
@@ -13,6 +14,7 @@ from flowhn.models.splits import (
     FlopAwareCirculatingSplit,
     FlopAwareSplit,
     NoSplit,
+    PublishedModeDSplit,
     Split,
     TokenSplit,
 )
@@ -31,11 +33,13 @@ __all__ = [
     "Mamba2",
     "NoSplit",
     "ParallelBlock",
+    "PublishedModeDSplit",
     "RMSNorm",
     "SequentialBlock",
     "Split",
     "SwiGLU",
     "TokenSplit",
+    "from_transformers",
     "kernels_used",
     "resolve_attention",
     "resolve_ssm",

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowhn.models.cache import BlockCache, KVCache, SSMState
 from flowhn.models.norms import RMSNorm
 from flowhn.models.splits.base import BranchCost, Split, TokenSplit
 
@@ -79,6 +80,23 @@ class SequentialBlock(nn.Module):
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return x, carry
+
+    def new_cache(self, *, window: int | None = None) -> KVCache | SSMState:
+        """The mixer's empty cache; ``window`` is part of the protocol and of no meaning here."""
+        own = getattr(self.mixer, "sliding_window", None)
+        return self.mixer.new_cache() if own is None else self.mixer.new_cache(window=own)
+
+    def extend(
+        self, x: Tensor, cache: KVCache | SSMState, carry: Any = None, **mixer_options: Any
+    ) -> tuple[Tensor, Any]:
+        """(B, n, D) -> (B, n, D): n new tokens behind those in ``cache``; carry as it came."""
+        y = self.mixer.extend(self.mixer_norm(x), cache, **mixer_options)
+        x = x + (y[0] if isinstance(y, tuple) else y)
+        return x + self.mlp(self.mlp_norm(x)) if self.mlp is not None else x, carry
+
+    def step_flops(self, n_before: int, *, window: int | None = None) -> int:
+        """FLOPs of one decoded token behind ``n_before`` others; ``window`` is of no meaning here."""
+        return self.mixer.step_flops(n_before) + (self.mlp.flops(1) if self.mlp is not None else 0)
 
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of one sequence of ``n_tokens``."""
@@ -147,6 +165,44 @@ class ParallelBlock(nn.Module):
         y_ssm, _ = self.ssm(split.gather_ssm(x))  # (B, n_ssm, D)
         x = x + self.fusion(y_attn, y_ssm, split)
         return x + self.proj(self.norm(x)), carry
+
+    def new_cache(self, *, window: int | None = None) -> BlockCache:
+        """Empty caches of both branches.
+
+        Args:
+            window: freezes the routing of a proportional split (one whose own window is null) at this length.
+
+        Raises:
+            UserError: the split is proportional and there is no ``window``.
+        """
+        self.split.period(window)
+        return BlockCache(self.attention.new_cache(), self.ssm.new_cache(), window=window)
+
+    def extend(self, x: Tensor, cache: BlockCache, carry: Any = None) -> tuple[Tensor, Any]:
+        """(B, n, D) -> (B, n, D): n new tokens behind those in ``cache``; a branch without tokens does not run."""
+        start = cache.seen
+        split = self._section(start, start + x.shape[1], cache.window)
+        y_attn, y_ssm = split.gather_attn(x), split.gather_ssm(x)
+        if split.n_attn:
+            positions = start + split.positions_attn(x.device)
+            y_attn, _ = self.attention.extend(y_attn, cache.attention, positions=positions)
+        if split.n_ssm:
+            y_ssm, _ = self.ssm.extend(y_ssm, cache.ssm)
+        cache.seen += x.shape[1]
+        x = x + self.fusion(y_attn, y_ssm, split)
+        return x + self.proj(self.norm(x)), carry
+
+    def _section(self, start: int, stop: int, window: int | None) -> TokenSplit:
+        cost = BranchCost(self.attention.flops, self.ssm.flops)
+        return self.split.section(start, stop, self.layer_idx, cost, window=window)
+
+    def step_flops(self, n_before: int, *, window: int | None = None) -> int:
+        """FLOPs of one decoded token behind ``n_before`` others, those of its branch alone (No_Split: of both)."""
+        split = self._section(n_before, n_before + 1, window)
+        flops = self.fusion.flops(1) + 2 * self.proj.weight.numel()
+        if split.n_attn:
+            flops += self.attention.step_flops(self._section(0, n_before, window).n_attn)
+        return flops + (self.ssm.step_flops(n_before) if split.n_ssm else 0)
 
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of one sequence of ``n_tokens``: each branch on its own tokens."""

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from flowhn.models.blocks import Carry, SwiGLU
+from flowhn.models.cache import BlockCache, Sight
 from flowhn.models.norms import RMSNorm
 
 
@@ -50,9 +51,11 @@ class HymbaBlock(nn.Module):
     ) -> None:
         super().__init__()
         # Hymba-1.5B: layers 0, 15 and 31 of 32.
-        self.is_global = layer_idx in (0, (n_layers - 1) // 2, n_layers - 1)
+        global_layers = (0, (n_layers - 1) // 2, n_layers - 1)
+        self.is_global = layer_idx in global_layers
         self.reuses_kv = layer_idx % 2 == 1
         self.provides_kv = not self.reuses_kv and layer_idx + 1 < n_layers
+        self.pair_is_global = self.is_global or (self.provides_kv and layer_idx + 1 in global_layers)
         self.mixer_norm = RMSNorm(d_model, eps=norm_eps)
         window = {"sliding_window": None} if self.is_global else {}
         self.attention = attention(shares_kv=self.reuses_kv, **window)
@@ -71,6 +74,26 @@ class HymbaBlock(nn.Module):
         x = x + (y_attn + y_ssm) / 2
         x = x + self.mlp(self.mlp_norm(x))
         return x, kv if self.provides_kv else None
+
+    def new_cache(self, *, window: int | None = None) -> BlockCache:
+        """Empty caches; a layer that reuses keys and values has none of its own, and a pair keeps what the layer of the two
+        that sees furthest needs. ``window`` is part of the protocol and of no meaning here.
+        """
+        sliding = None if self.pair_is_global else self.attention.sliding_window
+        return BlockCache(None if self.reuses_kv else self.attention.new_cache(window=sliding), self.ssm.new_cache())
+
+    def extend(self, x: Tensor, cache: BlockCache, carry: Sight | None = None) -> tuple[Tensor, Sight | None]:
+        """(B, n, D) -> (B, n, D): n new tokens behind those in ``cache``; the carry is what the pair has in sight."""
+        h = self.mixer_norm(x)
+        y_attn, sight = self.attention.extend(h, cache.attention, sight=carry if self.reuses_kv else None)
+        y_ssm = self.ssm_norm(self.ssm.extend(h, cache.ssm))
+        x = x + (self.attention_norm(y_attn) + y_ssm) / 2
+        cache.seen += x.shape[1]
+        return x + self.mlp(self.mlp_norm(x)), sight if self.provides_kv else None
+
+    def step_flops(self, n_before: int, *, window: int | None = None) -> int:
+        """FLOPs of one decoded token behind ``n_before`` others; ``window`` is of no meaning here."""
+        return self.attention.step_flops(n_before) + self.ssm.step_flops(n_before) + self.mlp.flops(1)
 
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of one sequence of ``n_tokens``."""

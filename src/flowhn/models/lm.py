@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flowhn.errors import UserError
+from flowhn.models.cache import ModelCache
 from flowhn.models.norms import RMSNorm
 
 INIT_STD = 0.02  # standard deviation of linear and embedding weights, as in the published code and in Llama
@@ -97,6 +98,34 @@ class CausalLM(nn.Module):
         """(B, T) long -> logits (B, T, V)."""
         return self.lm_head(self.body(input_ids))
 
+    def new_cache(self, *, window: int | None = None) -> ModelCache:
+        """An empty cache for :meth:`extend`.
+
+        Args:
+            window: routes as if every split had this window; splits with a window of their own keep it.
+
+        Raises:
+            UserError: a split's window is null and there is no ``window``: a token's branch would depend on tokens to come.
+        """
+        return ModelCache([layer.new_cache(window=window) for layer in self.layers])
+
+    def extend_body(self, input_ids: Tensor, cache: ModelCache) -> Tensor:
+        """(B, n) long -> (B, n, D): :meth:`body` of n new tokens behind those in ``cache``, which takes them up."""
+        x = self.embedding(input_ids)  # (B, n, D)
+        n_meta = 0
+        if self.meta_tokens is not None and not cache.seen:
+            n_meta = self.n_meta_tokens
+            x = torch.cat([self.meta_tokens.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # (B, M + n, D)
+        carry = None
+        for layer, own in zip(self.layers, cache.layers, strict=True):
+            x, carry = layer.extend(x, own, carry)
+        cache.seen += input_ids.shape[1]
+        return self.norm(x[:, n_meta:])
+
+    def extend(self, input_ids: Tensor, cache: ModelCache) -> Tensor:
+        """(B, n) long, n >= 1 -> logits (B, n, V): with the right routing those of :meth:`forward` on the whole text."""
+        return self.lm_head(self.extend_body(input_ids, cache))
+
     @property
     def length_dependent(self) -> bool:
         """Whether the logits of a prefix depend on what follows only by its length; such inputs must not be padded."""
@@ -106,6 +135,17 @@ class CausalLM(nn.Module):
         """Forward FLOPs of one sequence of ``n_tokens``, LM head included; a training step costs three times this."""
         head = 2 * self.d_model * self.vocab_size * n_tokens
         return head + sum(layer.flops(n_tokens + self.n_meta_tokens) for layer in self.layers)
+
+    def step_flops(self, n_before: int, *, window: int | None = None) -> int:
+        """FLOPs of one token decoded with a cache of ``n_before`` others (meta tokens not counted among them).
+
+        Args:
+            window: as in :meth:`new_cache`.
+        """
+        before = n_before + self.n_meta_tokens
+        return 2 * self.d_model * self.vocab_size + sum(
+            layer.step_flops(before, window=window) for layer in self.layers
+        )
 
     def num_parameters(self) -> int:
         """Number of parameters, embeddings included, a tied weight counted once."""

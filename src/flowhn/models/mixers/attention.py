@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowhn.errors import UserError
+from flowhn.models.cache import KVCache, Sight
 from flowhn.models.kernels import resolve_attention
 
 
@@ -157,6 +158,48 @@ class Attention(nn.Module):
         y = self._attend(q, k, v) if x.shape[1] else q
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
+    def new_cache(self, *, window: int | None = None) -> KVCache:
+        """An empty cache of this attention's keys and values.
+
+        Args:
+            window: keep no more than this many tokens beside the meta tokens; :attr:`sliding_window` unless another
+                attention that sees further reads the same cache.
+        """
+        return KVCache(window=window, n_meta=self.n_meta_tokens)
+
+    def extend(
+        self, x: Tensor, cache: KVCache | None, *, positions: Tensor | None = None, sight: Sight | None = None
+    ) -> tuple[Tensor, Sight]:
+        """n new tokens behind those in ``cache``, which takes them up; always on SDPA once the cache holds tokens.
+
+        Args:
+            x: (B, n, D).
+            cache: of :meth:`new_cache`; unused when ``sight`` is given.
+            positions: (n,) integer positions for RoPE; None: they follow the tokens that the cache has seen.
+            sight: what the ``extend`` of another layer returned for the same tokens (its keys and values are shared).
+
+        Returns:
+            (B, n, D), and the keys and values that were in sight.
+        """
+        start = cache.seen if sight is None else sight.start
+        if positions is None:
+            positions = torch.arange(start, start + x.shape[1], device=x.device)
+        if sight is None:
+            sight = cache.append(*self.project_kv(x, positions))
+        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (B, H, n, d_head)
+        q = self._rotate(q, positions)
+        y = self._attend_back(q, sight) if start else self._attend(q, sight.k, sight.v)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), sight
+
+    def _attend_back(self, q: Tensor, sight: Sight) -> Tensor:
+        """(B, H, n, d_head) -> the same shape; one new token sees all it is given, so that it needs no mask."""
+        gqa = self.n_kv_heads != self.n_heads
+        if q.shape[2] == 1:
+            k, v = sight.last_token(self.sliding_window, self.n_meta_tokens)
+            return F.scaled_dot_product_attention(q, k, v, enable_gqa=gqa)
+        mask = sight.mask(q.shape[2], self.sliding_window, self.n_meta_tokens)
+        return F.scaled_dot_product_attention(q, sight.k, sight.v, attn_mask=mask, enable_gqa=gqa)
+
     def _rotate(self, x: Tensor, positions: Tensor | None) -> Tensor:
         if not self.rope:
             return x
@@ -199,3 +242,12 @@ class Attention(nn.Module):
             meta = min(self.n_meta_tokens, beyond)
             doubled_pairs += meta * meta + 2 * (beyond - meta) * meta
         return linear + 2 * doubled_pairs * self.n_heads * self.d_head
+
+    def step_flops(self, n_before: int) -> int:
+        """FLOPs of one decoded token behind ``n_before`` others: counted as in :meth:`flops`, keys in sight exactly."""
+        projections = self.n_heads if self.shares_kv else self.n_heads + 2 * self.n_kv_heads
+        visible = n_before + 1
+        if self.sliding_window is not None and visible > self.sliding_window:
+            beyond = visible - self.sliding_window
+            visible = self.sliding_window + min(self.n_meta_tokens, beyond)
+        return 2 * self.d_head * (self.d_model * (projections + self.n_heads) + 2 * visible * self.n_heads)

@@ -79,7 +79,9 @@ def conv_silu_backward_kernel(
 
 
 @triton.jit
-def conv_silu_backward_input_kernel(da, w, dx, n_tokens, n_channels, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr):
+def conv_silu_backward_input_kernel(
+    da, w, dx, n_tokens, n_channels, K: tl.constexpr, BT: tl.constexpr, BE: tl.constexpr
+):
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * BT + tl.arange(0, BT)
     channel = tl.program_id(0) * BE + tl.arange(0, BE)

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowhn.errors import UserError
+from flowhn.models.cache import SSMState
 from flowhn.models.kernels import resolve_ssm
-from flowhn.models.mixers.conv import causal_conv_silu
+from flowhn.models.mixers.conv import causal_conv, causal_conv_silu
 from flowhn.models.mixers.scan import selective_scan
 from flowhn.models.mixers.ssm_init import inverse_softplus_dt, keep
+from flowhn.models.mixers.stepwise import scan_states, scan_step
 from flowhn.models.norms import RMSNorm
 
 
@@ -30,7 +32,7 @@ class Mamba1(nn.Module):
         bcdt_rms_norm: normalise dt, B and C (Jamba).
         dt_min, dt_max: range of the initial step sizes, log-uniform.
         norm_eps: of those norms.
-        backend: auto, torch or mamba_ssm (see :mod:`flowhn.models.kernels`).
+        backend: auto, torch, mamba_ssm or triton (see :mod:`flowhn.models.kernels`).
 
     Raises:
         UserError: a size below 1, or an unknown backend.
@@ -56,7 +58,7 @@ class Mamba1(nn.Module):
         for name, value in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv), ("expand", expand)):
             if value < 1:
                 raise UserError(f"{name}={value} must be at least 1")
-        resolve_ssm("auto" if backend == "mamba_ssm" else backend, "cpu")  # refuses an unknown name at once
+        resolve_ssm("auto" if backend in ("mamba_ssm", "triton") else backend, "cpu")  # refuses an unknown name at once
         self.d_model, self.d_state, self.d_conv, self.backend = d_model, d_state, d_conv, backend
         self.d_inner = expand * d_model
         self.dt_rank = -(-d_model // 16) if dt_rank is None else dt_rank
@@ -85,8 +87,8 @@ class Mamba1(nn.Module):
         self.dt_proj._no_reinit = True
 
     def kernel(self, device_type: str) -> str:
-        """``torch`` or ``mamba_ssm``: what the scan runs on a device type."""
-        return resolve_ssm(self.backend, device_type)
+        """``torch``, ``mamba_ssm`` or ``triton``: what the scan runs on a device type."""
+        return resolve_ssm(self.backend, device_type, has_triton=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -99,9 +101,43 @@ class Mamba1(nn.Module):
         delta = F.linear(dt, self.dt_proj.weight)  # (B, T, E)
         if x.shape[1]:
             A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-            kernel = resolve_ssm(self.backend, x.device.type)
+            kernel = self.kernel(x.device.type)
             u = selective_scan(u, delta, A, B, C, self.D, self.dt_proj.bias, kernel=kernel)
         return self.out_proj(u * F.silu(z))
+
+    def new_cache(self) -> SSMState:
+        """The state before the first token."""
+        return SSMState()
+
+    def extend(self, x: Tensor, state: SSMState) -> Tensor:
+        """(B, n, D) -> (B, n, D): n >= 1 new tokens behind those that ``state`` has read; it takes them up."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, n, E) each
+        padded = state.keep_tail(u, self.d_conv)
+        u = F.silu(causal_conv(padded, self.conv1d.weight, self.conv1d.bias)[:, self.d_conv - 1 :])
+        dt, B, C = self.x_proj(u).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        if self.bcdt_rms_norm:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        delta = F.linear(dt, self.dt_proj.weight)  # (B, n, E)
+        return self.out_proj(self._scan_on(u, delta, B, C, state) * F.silu(z))
+
+    def _scan_on(self, u: Tensor, delta: Tensor, B: Tensor, C: Tensor, state: SSMState) -> Tensor:
+        """The scan that goes on from ``state``: u, delta (B, n, E), B, C (B, n, N) -> (B, n, E)."""
+        wide = torch.promote_types(u.dtype, torch.float32)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        dt = F.softplus(delta.to(wide) + self.dt_proj.bias.to(wide))
+        inputs = (u.to(wide), dt, A.to(wide), B.to(wide), C.to(wide))
+        with torch.autocast("cpu" if u.is_meta else u.device.type, enabled=False):
+            if u.shape[1] == 1 and state.h is not None:
+                y, state.h = scan_step(*inputs, state.h)
+                return torch.addcmul(y, inputs[0], self.D.to(wide)).to(u.dtype)
+            kernel = self.kernel(u.device.type)
+            y = selective_scan(u, delta, A, B, C, self.D, self.dt_proj.bias, kernel=kernel)
+            added, state.h = scan_states(*inputs, state.h)
+        return y if added is None else y + added.to(y.dtype)
+
+    def step_flops(self, n_before: int) -> int:
+        """FLOPs of one decoded token: the same behind any number of tokens."""
+        return self.flops(1)
 
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of one sequence: 2 for each multiply-add, and 9 E N a token for the scan (Mamba's own count:

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowhn.errors import UserError
+from flowhn.models.cache import SSMState
 from flowhn.models.kernels import resolve_ssm
-from flowhn.models.mixers.conv import causal_conv_silu
+from flowhn.models.mixers.conv import causal_conv, causal_conv_silu
 from flowhn.models.mixers.ssd import ssd_scan
 from flowhn.models.mixers.ssd_cuda import mamba_ssm_ssd
 from flowhn.models.mixers.ssm_init import inverse_softplus_dt, keep
+from flowhn.models.mixers.stepwise import ssd_states, ssd_step
 from flowhn.models.norms import GatedRMSNorm
 
 # Longer chunks cost more inside a chunk, shorter ones more passes; measured on 2 cores.
@@ -68,7 +70,7 @@ class Mamba2(nn.Module):
             raise UserError(f"n_groups={n_groups} does not divide the {self.n_heads} heads; choose a divisor")
         if chunk_size < 1:
             raise UserError(f"chunk_size={chunk_size} must be at least 1")
-        resolve_ssm("auto" if backend == "mamba_ssm" else backend, "cpu")  # refuses an unknown name at once
+        resolve_ssm("auto" if backend in ("mamba_ssm", "triton") else backend, "cpu")  # refuses an unknown name at once
         self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
         self.headdim, self.n_groups, self.chunk_size, self.backend = headdim, n_groups, chunk_size, backend
         conv_dim = self.d_inner + 2 * n_groups * d_state
@@ -109,6 +111,43 @@ class Mamba2(nn.Module):
             step = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
             y = ssd_scan(x_wide, step, A.to(wide), B, C, chunk_size=chunk)
             return torch.addcmul(y, x_wide, self.D.to(wide)[:, None]).to(x.dtype)
+
+    def new_cache(self) -> SSMState:
+        """The state before the first token."""
+        return SSMState()
+
+    def extend(self, x: Tensor, state: SSMState) -> Tensor:
+        """(B, n, D) -> (B, n, D): n >= 1 new tokens behind those that ``state`` has read; it takes them up."""
+        shared = self.n_groups * self.d_state
+        z, xbc, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * shared, self.n_heads), dim=-1)
+        padded = state.keep_tail(xbc, self.d_conv)
+        xbc = F.silu(causal_conv(padded, self.conv1d.weight, self.conv1d.bias)[:, self.d_conv - 1 :])
+        y, B, C = xbc.split((self.d_inner, shared, shared), dim=-1)
+        y = y.unflatten(-1, (self.n_heads, self.headdim))  # (B, n, H, P)
+        B, C = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (B, C))  # (B, n, G, N)
+        return self.out_proj(self.norm(self._scan_on(y, dt, B, C, state).flatten(2), z))
+
+    def _scan_on(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: SSMState) -> Tensor:
+        """The scan that goes on from ``state``, shapes as in :meth:`_scan`."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        step = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
+        inputs = (x.to(wide), step, A.to(wide), B.to(wide), C.to(wide))
+        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+            if x.shape[1] == 1 and state.h is not None:
+                y, state.h = ssd_step(*inputs, state.h)
+                return torch.addcmul(y, inputs[0], self.D.to(wide)[:, None]).to(x.dtype)
+            y = self._scan(x, dt, B, C)
+            added, state.h = ssd_states(*inputs, state.h)
+        return y if added is None else y + added.to(y.dtype)
+
+    def step_flops(self, n_before: int) -> int:
+        """FLOPs of one decoded token, the same behind any number of tokens: projections and convolution, 3 E N for the
+        state (decay, B x, sum), 2 E N for the output.
+        """
+        e, shared = self.d_inner, self.n_groups * self.d_state
+        linear = 2 * self.d_model * (2 * e + 2 * shared + self.n_heads) + 2 * e * self.d_model
+        return linear + 2 * self.d_conv * (e + 2 * shared) + 5 * e * self.d_state
 
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of one sequence, 2 for each multiply-add; norms, gates and activations count 0.

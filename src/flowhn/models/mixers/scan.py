@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from flowhn.models.mixers.recurrence import backward_blocks, backward_chunked, forward_blocks, forward_chunked
 from flowhn.models.mixers.scan_cuda import mamba_ssm_scan
+from flowhn.models.mixers.scan_triton import triton_scan
 
 # Elements of one step and of one block of steps, (steps, sequences, N, E), on CPU: measured on 2 cores with 1 MiB L2.
 _STEP_ELEMENTS = 64 * 1024
@@ -32,13 +33,15 @@ def selective_scan(
         A: (E, N), negative.
         B, C: (B, T, N).
         D, delta_bias: (E,).
-        kernel: ``torch`` or ``mamba_ssm``, from :func:`flowhn.models.kernels.resolve_ssm`.
+        kernel: ``torch``, ``mamba_ssm`` or ``triton``, from :func:`flowhn.models.kernels.resolve_ssm`.
 
     Returns:
         (B, T, E) in u's type. The recurrence runs in float32 (float64 for float64 input) whatever the autocast.
     """
     if kernel == "mamba_ssm":
         return mamba_ssm_scan(u, delta, A, B, C, D, delta_bias)
+    if kernel == "triton":
+        return triton_scan(u, delta, A, B, C, D, delta_bias)
     wide = torch.promote_types(u.dtype, torch.float32)
     x = u.to(wide)
     dt = F.softplus(delta.to(wide) + delta_bias.to(wide))

@@ -10,6 +10,7 @@ from flowhn.models.splits.base import BranchCost, Split, TokenSplit
 from flowhn.models.splits.fa import FlopAwareSplit
 from flowhn.models.splits.fac import FlopAwareCirculatingSplit
 from flowhn.models.splits.no import NoSplit
+from flowhn.models.splits.published_d import PublishedModeDSplit
 
 __all__ = [
     "AlternatingEqualSplit",
@@ -18,6 +19,7 @@ __all__ = [
     "FlopAwareCirculatingSplit",
     "FlopAwareSplit",
     "NoSplit",
+    "PublishedModeDSplit",
     "Split",
     "TokenSplit",
     "balanced_attention_tokens",

@@ -171,6 +171,38 @@ class Split(ABC):
             self._cache[key] = self._route(n_tokens, layer_idx, cost)
         return self._cache[key]
 
+    def period(self, window: int | None = None) -> int:
+        """Number of tokens after which the routing repeats, when it depends on the position alone.
+
+        Args:
+            window: what a proportional split is frozen at; a split with a window of its own keeps that.
+
+        Raises:
+            UserError: the split is proportional to the length and ``window`` is None.
+        """
+        if self.full:
+            return 1
+        period = window if self.window is None else self.window
+        if period is None:
+            raise UserError(
+                "a token's branch depends on the final length with split.window=null; set a window to decode"
+            )
+        return period
+
+    def section(
+        self, start: int, stop: int, layer_idx: int, cost: BranchCost, *, window: int | None = None
+    ) -> TokenSplit:
+        """The routing of tokens ``start`` to ``stop`` of a longer sequence, numbered from 0: one period, repeated."""
+        period = self.period(window)
+        pattern = self(period, layer_idx, cost)  # one period is routed alike with the window and without it
+
+        def tiled(ranges: Ranges) -> Ranges:
+            offsets = range(start // period * period, stop, period)
+            cut = ((max(o + first, start), min(o + last, stop)) for o in offsets for first, last in ranges)
+            return joined((first - start, last - start) for first, last in cut if first < last)
+
+        return TokenSplit(stop - start, tiled(pattern.attn), tiled(pattern.ssm))
+
     def _route(self, n_tokens: int, layer_idx: int, cost: BranchCost) -> TokenSplit:
         period = self.window or n_tokens
         pattern = joined(self.attention_ranges(period, layer_idx, cost))

@@ -1,0 +1,196 @@
+"""The selective scan as Triton kernels that keep tokens before channels, as custom operators torch.compile can trace.
+
+mamba_ssm's extension wants (B, E, T), so that its callers copy seven tensors a layer; these kernels read u, delta, B and
+C where the projections left them (slices too, as long as the last dimension is dense) and need nothing but torch's own
+Triton. :mod:`flowhn.models.mixers.scan_triton_kernels` says how they work. B and C's gradients are summed over blocks of
+channels, those of A, D and the bias over sequences, by torch and not by atomics: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut. All powers of two.
+
+    Args:
+        chunk: tokens of the backward's chunk; the state before each chunk is kept.
+        forward_chunk: tokens the forward unrolls, a multiple of ``chunk``.
+        forward_channels, backward_channels: channels of a program.
+        forward_warps, backward_warps: warps of a program, of 32 threads.
+        keep_states: keep the states for the backward (4 N / chunk bytes for each token and channel), or have the
+            backward run the forward's recurrence once more.
+    """
+
+    chunk: int = 8
+    forward_chunk: int = 8
+    forward_channels: int = 64
+    forward_warps: int = 1
+    backward_channels: int = 64
+    backward_warps: int = 1
+    keep_states: bool = True
+
+
+DEFAULT_TILES = Tiles()
+
+
+def triton_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    delta_bias: Tensor,
+    *,
+    tiles: Tiles = DEFAULT_TILES,
+) -> Tensor:
+    """:func:`flowhn.models.mixers.scan.selective_scan` on the Triton kernels; u, delta (B, T, E), B, C (B, T, N)."""
+    inputs = (u, delta, A, B, C, D, delta_bias)
+    differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
+    cut = [int(value) for value in astuple(tiles)]
+    cut[-1] = int(tiles.keep_states and differentiable)
+    u, delta, B, C = (_dense_rows(tensor) for tensor in (u, delta, B, C))
+    y, _ = triton_forward(u, delta, A.float(), B, C, D.float(), delta_bias.float(), cut)
+    return y
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _n_chunks(u: Tensor, tiles: Sequence[int]) -> int:
+    return -(-u.shape[1] // tiles[0])
+
+
+def _states_shape(u: Tensor, A: Tensor, tiles: Sequence[int]) -> tuple[int, ...]:
+    return (u.shape[0], _n_chunks(u, tiles), A.shape[1], A.shape[0]) if tiles[-1] else (0,)
+
+
+def _scaled(A: Tensor) -> Tensor:
+    """A^T log2(e), (N, E), for exp2."""
+    return (A.t() * 1.4426950408889634).contiguous()
+
+
+def _run_forward(
+    inputs: tuple[Tensor, ...], y: Tensor, states: Tensor, tiles: Sequence[int], *, save: int, output: bool
+) -> None:
+    from flowhn.models.mixers.scan_triton_kernels import selective_scan_forward_kernel  # needs Triton
+
+    u, delta, A, B, C, D, bias = inputs
+    _, unrolled, channels, warps, *_ = tiles
+    n_batch, n_tokens, n_channels = u.shape
+    n_states, n_blocks = A.shape[1], -(-n_channels // channels)
+    carry = A.new_empty((n_batch, n_states, n_channels))
+    selective_scan_forward_kernel[(n_blocks * n_batch,)](
+        u, delta, _scaled(A), B, C, D, bias, y, carry, states,
+        n_tokens, n_channels, n_states, _n_chunks(u, tiles), n_blocks,
+        *(stride for tensor in (u, delta, B, C) for stride in tensor.stride()[:2]),
+        K=unrolled, BE=channels, SAVE=save, OUTPUT=output, num_warps=warps,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("flowhn::triton_scan", mutates_args=())
+def triton_forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, tiles: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, E) in u's type, and the kept states (B, chunks, N, E) in float32, empty where tiles keep none."""
+    y = u.new_empty(u.shape)
+    states = A.new_empty(_states_shape(u, A, tiles))
+    if u.numel():
+        save = tiles[0] if tiles[-1] else 0
+        _run_forward((u, delta, A, B, C, D, bias), y, states, tiles, save=save, output=True)
+    return y, states
+
+
+@torch.library.custom_op("flowhn::triton_scan_backward", mutates_args=())
+def triton_backward(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    states: Tensor,
+    tiles: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D and bias."""
+    from flowhn.models.mixers.scan_triton_kernels import selective_scan_backward_kernel  # needs Triton
+
+    if not u.numel():
+        return tuple(tensor.new_zeros(tensor.shape) for tensor in (u, delta, A, B, C, D, bias))
+    chunk, _, _, _, channels, warps, kept = tiles
+    n_batch, n_tokens, n_channels = u.shape
+    n_states, n_blocks, n_chunks = A.shape[1], -(-n_channels // channels), _n_chunks(u, tiles)
+    du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
+    if not kept:
+        states = A.new_empty(_states_shape(u, A, [chunk, 1]))
+        _run_forward((u, delta, A, B, C, D, bias), du, states, tiles, save=chunk, output=False)
+    dy = _dense_rows(dy)
+    dA, carry = (A.new_empty((n_batch, n_states, n_channels)) for _ in range(2))
+    dD, dbias = (A.new_empty((n_batch, n_channels)) for _ in range(2))
+    dB, dC = (A.new_empty((n_blocks, n_batch, n_states, n_chunks * chunk)) for _ in range(2))
+    selective_scan_backward_kernel[(n_blocks * n_batch,)](
+        dy, u, delta, _scaled(A), B, C, D, bias, states, du, ddelta, dA, dB, dC, dD, dbias, carry,
+        n_tokens, n_channels, n_states, n_chunks, n_blocks, n_chunks * chunk,
+        *(stride for tensor in (dy, u, delta, B, C) for stride in tensor.stride()[:2]),
+        K=chunk, BE=channels, num_warps=warps,
+    )  # fmt: skip
+    dB, dC = (part.sum(0)[:, :, :n_tokens].transpose(1, 2) for part in (dB, dC))
+    return (
+        du,
+        ddelta,
+        dA.sum(0).t().contiguous(),
+        dB.to(B.dtype).contiguous(),
+        dC.to(C.dtype).contiguous(),
+        dD.sum(0),
+        dbias.sum(0),
+    )
+
+
+@triton_forward.register_fake
+def _(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, tiles: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    return u.new_empty(u.shape), A.new_empty(_states_shape(u, A, tiles))
+
+
+@triton_backward.register_fake
+def _(
+    dy: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    bias: Tensor,
+    states: Tensor,
+    tiles: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    du, ddelta, dA, dB, dC, dD, dbias = (tensor.new_empty(tensor.shape) for tensor in (u, delta, A, B, C, D, bias))
+    return du, ddelta, dA, dB, dC, dD, dbias
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.tiles = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    *inputs, states = ctx.saved_tensors
+    return *triton_backward(dy, *inputs, states, ctx.tiles), None
+
+
+triton_forward.register_autograd(_differentiate, setup_context=_save)
