@@ -102,6 +102,22 @@ def test_max_minutes_leaves_the_rest_for_the_next_call(tmp_path, capsys, monkeyp
     assert "not measured yet" in capsys.readouterr().out
 
 
+def test_prepare_compiles_first_and_leaves_no_record_of_it(tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def run(spec, timeout):
+        asked.append(spec["windows"])
+        if not spec["windows"]:
+            return {"status": "prepared", "first_step_seconds": 1.0}
+        return {**fake("llama", 1.0), "status": "done", "cell_seconds": 1.0}
+
+    monkeypatch.setattr(bench, "_run", run)
+    assert bench._main([*SMALL, "models=[llama]", "prepare=2", f"output_dir={tmp_path}"]) == 0
+    assert asked == [0, 2]
+    (record,) = find_bench_records(tmp_path / "bench" / "figure4" / "records")
+    assert record["status"] == "done"
+
+
 def test_batch_search_doubles_until_nothing_is_gained():
     speeds = {2: 100.0, 4: 150.0, 8: 151.0}
 

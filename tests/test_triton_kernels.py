@@ -48,6 +48,7 @@ def relative(found, wanted) -> float:
 def test_convolution_on_the_gpu(shape, dtype, limit):
     wide, weight, bias, dy = conv_case(shape, "cuda", dtype)
     wanted = conv_reference(wide, weight, bias, dy)
+    torch._dynamo.reset()  # each shape compiles anew, up to a limit
     for compiled in (False, True):
         function = torch.compile(causal_conv_silu, dynamic=False, fullgraph=True) if compiled else causal_conv_silu
         leaves = [leaf.clone().requires_grad_() for leaf in (wide, weight, bias)]

@@ -139,6 +139,10 @@ def _search(
     return best[1], tried
 
 
+def _first(spec: Mapping[str, Any]) -> int:
+    return spec["batch"] if isinstance(spec["batch"], int) else spec["first_batch"]
+
+
 def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The measured part of a cell's record; ``status`` is ``done`` or ``out of memory``."""
     config = to_dict(compose("train", spec["overrides"]))
@@ -220,7 +224,7 @@ def _balance(spec: Mapping[str, Any], config: dict[str, Any], hardware: Any) -> 
     found = measure_balance(
         build_model(config).layers[0].to(hardware.device),
         seq_len=spec["seq_len"],
-        batch_size=spec["batch"] if isinstance(spec["batch"], int) else spec["first_batch"],
+        batch_size=_first(spec),
         d_model=config["size"]["d_model"],
         device=hardware.device,
         dtype=torch.bfloat16 if hardware.precision == "bf16-mixed" else None,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut. All powers of two.
+    """How the work is cut. All powers of two. The defaults were the fastest tried on an H200 at 64 x 447 tokens, E 1536.
 
     Args:
         chunk: tokens of the backward's chunk; the state before each chunk is kept.
@@ -28,11 +28,11 @@ class Tiles:
             backward run the forward's recurrence once more.
     """
 
-    chunk: int = 8
+    chunk: int = 4
     forward_chunk: int = 8
     forward_channels: int = 64
     forward_warps: int = 1
-    backward_channels: int = 64
+    backward_channels: int = 128
     backward_warps: int = 1
     keep_states: bool = True
 
