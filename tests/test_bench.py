@@ -118,6 +118,14 @@ def test_prepare_compiles_first_and_leaves_no_record_of_it(tmp_path, capsys, mon
     assert record["status"] == "done"
 
 
+def test_preparing_runs_one_step_and_times_nothing():
+    (spec,) = bench.plan(to_dict(compose("bench", [*SMALL, "models=[llama]"])))
+    result = bench_cell.measure({**spec, "windows": 0})
+    assert result["status"] == "prepared"
+    assert result["first_step_seconds"] > 0
+    assert "tps" not in result
+
+
 def test_batch_search_doubles_until_nothing_is_gained():
     speeds = {2: 100.0, 4: 150.0, 8: 151.0}
 

@@ -312,6 +312,43 @@ def test_full_disk_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_disk_that_fills_up_while_torch_writes_is_one_sentence(tmp_path, monkeypatch):
+    """torch's zip writer turns the OSError of a failed write into a RuntimeError of its own."""
+    io = AtomicCheckpointIO()
+    io.save_checkpoint({"flowhn": {"step": 1}}, checkpoint_path(tmp_path, 1))
+    real = Path.open
+
+    class Filling:
+        def __init__(self, file):
+            self.file, self.left = file, 20_000
+
+        def write(self, data):
+            self.left -= len(memoryview(data).cast("B"))
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.file.close()
+
+    def open_(self, mode="r", *args, **kwargs):
+        file = real(self, mode, *args, **kwargs)
+        return Filling(file) if "w" in mode else file
+
+    monkeypatch.setattr(Path, "open", open_)
+    with pytest.raises(UserError, match="no space is left"):
+        io.save_checkpoint({"flowhn": {"step": 2}, "x": torch.randn(100_000)}, checkpoint_path(tmp_path, 2))
+    monkeypatch.undo()
+    assert latest_valid_checkpoint(tmp_path).path == checkpoint_path(tmp_path, 1)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_random_state_round_trip(tmp_path):
     import random
 

@@ -168,6 +168,8 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
         found["kernels"] = None if spec["peer"] else kernels_used(step.module, device.type)
         return found
 
+    if not spec["windows"]:  # only fill the compilation caches
+        return {"status": "prepared", "first_step_seconds": run(_first(spec), 0, 0)["first"]}
     base = {
         "device": describe_device(device),
         "config": config,

@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from flowhn.config_checks import check_values
 from flowhn.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ IDENTITY_KEYS = (
     "model", "vocab_size", "seq_len", "data", "tokens", "global_batch_tokens", "optimizer", "schedule",
     "seed", "eval", "precision", "clip_grad_norm", "val_rows", "val_points", "compile", "device",
 )  # fmt: skip
+
+
+_MAY_BE_NULL = ("experiment", "launcher", "sweep")
 
 
 def config_dir() -> Path:
@@ -105,8 +109,10 @@ def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
         OmegaConf.resolve(cfg)
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, KeyError, ValueError, AttributeError, TypeError) as error:
         raise _explain(error, root, overrides) from error
+    if root == "train":
+        check_values(OmegaConf.to_container(cfg))
     return cfg
 
 
@@ -120,6 +126,8 @@ def _check_overrides(overrides: list[str]) -> None:
             raise UserError(f"the override {override!r} cannot be read; write key=value, for example seed=1") from error
         key, _, value = override.partition("=")
         group = key.lstrip("+~").split("@")[0]
+        if group in known and value == "null" and group not in _MAY_BE_NULL:
+            raise UserError(f"{group}=null is not possible; {nearest(group, known[group])}")
         if group in known and re.fullmatch(r"[\w.\-]+", value) and value != "null" and value not in known[group]:
             raise UserError(f"{group}={value} does not exist; {nearest(value, known[group])}")
 
@@ -131,7 +139,7 @@ def _explain(error: Exception, root: str, overrides: list[str]) -> UserError:
         if isinstance(cause, UserError):  # raised inside a resolver
             return cause
         cause = cause.__cause__ or cause.__context__
-    text = str(error).strip().splitlines()[0]
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "budget" in str(error) and "number of tokens" in str(error):
         return UserError(str(error).split("raised while resolving interpolation: ")[-1].splitlines()[0])
     for override in overrides:

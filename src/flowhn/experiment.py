@@ -399,11 +399,18 @@ def _loggers(run: Run) -> list[Any]:
 
 
 def _save_weights(model: Any, folder: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     temporary = folder / f".{WEIGHTS_NAME}.tmp"
-    save_file(weights, temporary, metadata={"format": "pt"})
+    try:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{folder / WEIGHTS_NAME} cannot be written ({error}); free some space or set output_dir= elsewhere and run again"
+        ) from error
     os.replace(temporary, folder / WEIGHTS_NAME)
 
 

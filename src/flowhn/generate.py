@@ -171,6 +171,7 @@ def cost_table(run: Path | None, *, size: str | None, window: int | None, trust:
     rows += [(cell, model, window) for cell, model in _ten_models(size)]
     lines = [
         f"One token decoded with a cache, mean over tokens 1 to {window} of a text (routing window {window}), size {size}.",
+        "Growth of the cache: over the window behind that one, where nothing but keys and values grows.",
         "",
         "| model | MFLOPs a token | of which not LM head | cache growth, bytes a token | cache after the window, bytes |",
         "|---|---|---|---|---|",

@@ -7,21 +7,22 @@ Letters: B batch, n tokens given, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from flowhn.errors import UserError
 from flowhn.hf.build import build_net
 from flowhn.hf.configuration import FlowHNConfig
 from flowhn.models.cache import ModelCache
 
-_KEY = "past_key_values"  # generate reorders what lies under this name in every version
+# The name of this version: in outputs, and among the arguments that generate hands from step to step.
+_KEY = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
 class FlowHNCache:
@@ -41,15 +42,6 @@ class FlowHNCache:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Beam search: sequence i goes on from what ``beam_idx[i]`` has read."""
         self.state.reorder(beam_idx)
-
-
-@dataclass
-class FlowHNOutput(ModelOutput):
-    """loss (), logits (B, n, V), and the cache where one was asked for."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: FlowHNCache | None = None
 
 
 class FlowHNForCausalLM(PreTrainedModel, GenerationMixin):
@@ -103,7 +95,7 @@ class FlowHNForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         return_dict: bool | None = None,
         **ignored: Any,
-    ) -> FlowHNOutput | tuple[Tensor, ...]:
+    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """(B, n) long -> logits (B, n, V).
 
         Args:
@@ -129,15 +121,14 @@ class FlowHNForCausalLM(PreTrainedModel, GenerationMixin):
             if logits_to_keep:
                 raise UserError("labels need the logits of every token; leave logits_to_keep out")
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        output = FlowHNOutput(loss=loss, logits=logits, past_key_values=cache)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, **{_KEY: cache})
         return output.to_tuple() if return_dict is False else output
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **options: Any
     ) -> None:
         """Put our cache where ``generate`` looks for one, unless the caller gave one or wants none."""
-        given = model_kwargs.pop("cache", None)
-        given = model_kwargs.pop(_KEY, None) if given is None else given
+        given = model_kwargs.pop(_KEY, None)
         if given is not None and not isinstance(given, FlowHNCache):
             raise UserError(
                 f"a {type(given).__name__} cannot hold a flowhn model's states; leave the cache to generate"
@@ -147,14 +138,14 @@ class FlowHNForCausalLM(PreTrainedModel, GenerationMixin):
         if given is not None:
             model_kwargs[_KEY] = given
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
-        """The tokens that the cache has not read yet."""
-        cache = options.get(_KEY) if options.get("cache") is None else options["cache"]
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
+        """The tokens that the cache has not read yet (``kwargs`` by that name: generate looks for it)."""
+        cache = kwargs.get(_KEY)
         seen = cache.get_seq_length() if cache is not None else 0
         inputs = {"input_ids": input_ids[:, seen:] if seen < input_ids.shape[1] else input_ids[:, -1:]}
-        inputs["attention_mask"] = options.get("attention_mask")
+        inputs["attention_mask"] = kwargs.get("attention_mask")
         inputs["use_cache"] = cache is not None
-        inputs["logits_to_keep"] = options.get("logits_to_keep") or 0
+        inputs["logits_to_keep"] = kwargs.get("logits_to_keep") or 0
         if cache is not None:
             inputs[_KEY] = cache
         return inputs

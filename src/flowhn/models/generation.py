@@ -54,9 +54,8 @@ class Sampling:
         if self.top_p is not None:
             ordered, order = probabilities.sort(dim=-1, descending=True)
             # A token is out when those before it reach p already; the likeliest one always stays.
-            out = (ordered.cumsum(dim=-1) - ordered >= self.top_p).scatter(
-                1, order, ordered.cumsum(-1) - ordered >= self.top_p
-            )
+            out = ordered.cumsum(dim=-1) - ordered >= self.top_p
+            out = out.scatter(1, order, out)
             probabilities = probabilities.masked_fill(out, 0.0)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 

@@ -111,6 +111,24 @@ def prune(folder: Path, *, newest: int, keep: int) -> None:
                 path.unlink()
 
 
+class _Watched:
+    """A file that remembers the first failed write: torch's zip writer hides it behind a RuntimeError of its own."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
 def write_durably(path: Path, write: Any) -> None:
     """Call ``write(file)`` on a temporary file beside ``path``, flush it to disk and rename it to ``path``.
 
@@ -118,10 +136,12 @@ def write_durably(path: Path, write: Any) -> None:
         UserError: no space, no permission, a read-only disk. Nothing is left behind and ``path`` is as before.
     """
     temporary = path.with_name(path.name + ".tmp")
+    watched = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            write(file)
+            watched = _Watched(file)
+            write(watched)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -129,11 +149,11 @@ def write_durably(path: Path, write: Any) -> None:
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             temporary.unlink()
-        # torch's zip writer reports a failed write as RuntimeError; the file system tells the cause
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "file write failed" in str(error)
-        if not full and not isinstance(error, OSError):
+        cause = error if isinstance(error, OSError) else watched.error if watched else None
+        if cause is None:
             raise
-        what = "no space is left on the disk" if full else error.strerror or type(error).__name__
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "no space is left on the disk" if full else cause.strerror or type(cause).__name__
         raise UserError(f"{path} cannot be written: {what}; free space or set output_dir= to another disk") from error
 
 

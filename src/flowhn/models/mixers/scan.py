@@ -33,14 +33,15 @@ def selective_scan(
         A: (E, N), negative.
         B, C: (B, T, N).
         D, delta_bias: (E,).
-        kernel: ``torch``, ``mamba_ssm`` or ``triton``, from :func:`flowhn.models.kernels.resolve_ssm`.
+        kernel: ``torch``, ``mamba_ssm`` or ``triton`` (which leaves float64 to torch), from
+            :func:`flowhn.models.kernels.resolve_ssm`.
 
     Returns:
         (B, T, E) in u's type. The recurrence runs in float32 (float64 for float64 input) whatever the autocast.
     """
     if kernel == "mamba_ssm":
         return mamba_ssm_scan(u, delta, A, B, C, D, delta_bias)
-    if kernel == "triton":
+    if kernel == "triton" and u.dtype != torch.float64:
         return triton_scan(u, delta, A, B, C, D, delta_bias)
     wide = torch.promote_types(u.dtype, torch.float32)
     x = u.to(wide)

@@ -123,10 +123,10 @@ def triton_backward(
     tiles: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D and bias."""
-    from flowhn.models.mixers.scan_triton_kernels import selective_scan_backward_kernel  # needs Triton
-
     if not u.numel():
         return tuple(tensor.new_zeros(tensor.shape) for tensor in (u, delta, A, B, C, D, bias))
+    from flowhn.models.mixers.scan_triton_kernels import selective_scan_backward_kernel  # needs Triton
+
     chunk, _, _, _, channels, warps, kept = tiles
     n_batch, n_tokens, n_channels = u.shape
     n_states, n_blocks, n_chunks = A.shape[1], -(-n_channels // channels), _n_chunks(u, tiles)

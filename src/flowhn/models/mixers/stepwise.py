@@ -39,19 +39,20 @@ def scan_states(
     Returns:
         What h adds to the outputs, (B, n, E) (None without h), and the state after the n tokens.
     """
-    added = [] if h is not None else None
+    added, old = [], h  # old: what is left of the state at the start
     length = max(1, _ELEMENTS // max(1, x.shape[0] * A.numel()))
     for start in range(0, x.shape[1], length):
         now = slice(start, start + length)
-        step, own = dt[:, now], (dt[:, now] * x[:, now])
-        if added is not None:
-            carried = torch.exp(step.cumsum(1).unsqueeze(-1) * A) * h.unsqueeze(1)  # (B, l, E, N)
+        step = dt[:, now]
+        through = torch.exp(step.sum(1).unsqueeze(-1) * A)  # (B, E, N), the decay over this chunk
+        if old is not None:
+            carried = torch.exp(step.cumsum(1).unsqueeze(-1) * A) * old.unsqueeze(1)  # (B, l, E, N)
             added.append((carried @ C[:, now].unsqueeze(-1)).squeeze(-1))
+            old = through * old
         decay = torch.exp(_to_end(step).unsqueeze(-1) * A)  # (B, l, E, N)
-        fresh = (decay * own.unsqueeze(-1)).mul_(B[:, now].unsqueeze(2)).sum(1)
-        # Inside one call without h the earlier chunks' outputs are the kernel's business: only the state is carried.
-        h = fresh if h is None else fresh + torch.exp(step.sum(1).unsqueeze(-1) * A) * h
-    return (None if added is None else torch.cat(added, dim=1)), h
+        fresh = (decay * (step * x[:, now]).unsqueeze(-1)).mul_(B[:, now].unsqueeze(2)).sum(1)
+        h = fresh if h is None else fresh + through * h
+    return (torch.cat(added, dim=1) if added else None), h
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

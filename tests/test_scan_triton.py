@@ -1,0 +1,212 @@
+"""The Triton selective scan against the float64 recurrence, step by step: on a GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flowhn.errors import UserError
+from flowhn.models import kernels
+from flowhn.models.mixers import Mamba1, Mamba2
+from flowhn.models.mixers.scan import selective_scan
+from flowhn.models.mixers.scan_triton import DEFAULT_TILES, Tiles, triton_backward, triton_forward, triton_scan
+from test_scan import reference_scan, scan_inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+# Relative to the largest value of each output. bfloat16: outputs are rounded to 8 bits.
+LIMIT = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2}
+SMALL = Tiles(chunk=4, forward_chunk=8, forward_channels=4, backward_channels=8)
+
+
+def case(n_tokens, width, n_states, dtype, *, device="cpu", rows=2, seed=0):
+    """Leaves (u, delta | projection holding B and C as slices | A, D, bias) as the mixer has them, and y's gradient."""
+    u, delta, A, B, C, D, bias = scan_inputs(n_tokens, rows=rows, width=width, n_states=n_states, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    dy = torch.randn(rows, n_tokens, width, generator=generator)
+    pad = torch.zeros(rows, n_tokens, 3)
+    leaves = [torch.cat((delta, u), -1).to(dtype), torch.cat((pad, B, C), -1).to(dtype)]
+    leaves += [t.float() for t in (A, D, bias)]
+    return [leaf.to(device).requires_grad_() for leaf in leaves], dy.to(device, dtype)
+
+
+def run(scan, leaves, dy):
+    """Output and gradients of all leaves; u, delta, B and C are slices that are not contiguous."""
+    wide, projected, A, D, bias = leaves
+    delta, u = wide.chunk(2, -1)
+    _, B, C = projected.split((3, A.shape[1], A.shape[1]), -1)
+    y = scan(u, delta, A, B, C, D, bias)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def wanted(leaves, dy):
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    return run(reference_scan, exact, dy.double())
+
+
+def worst(found, expected):
+    assert all(a.shape == b.shape and a.isfinite().all() for a, b in zip(found, expected, strict=True))
+    pairs = zip(found, expected, strict=True)
+    return max(float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-6)) for a, b in pairs)
+
+
+def interpreted_cases():
+    """Runs in a process of its own, with TRITON_INTERPRET=1: prints the errors, for ``pytest -s``, and checks them."""
+    torch.set_num_threads(1)
+    whole = replace(SMALL, chunk=8, forward_channels=8)
+    for n_tokens, width, n_states, dtype, tiles in (
+        (1, 5, 3, torch.float32, SMALL),
+        (13, 6, 4, torch.float32, SMALL),
+        (17, 12, 8, torch.bfloat16, whole),
+        (9, 6, 16, torch.float32, replace(whole, keep_states=False)),
+        (10, 9, 2, torch.bfloat16, replace(SMALL, keep_states=False)),
+    ):
+        leaves, dy = case(n_tokens, width, n_states, dtype)
+        expected = wanted(leaves, dy)
+        found = run(lambda *inputs, tiles=tiles: triton_scan(*inputs, tiles=tiles), leaves, dy)
+        error = worst(found, expected)
+        print(f"T {n_tokens} E {width} N {n_states} {dtype}: {error:.1e}")
+        assert error < LIMIT[dtype]
+        again = run(lambda *inputs, tiles=tiles: triton_scan(*inputs, tiles=tiles), leaves, dy)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        with torch.no_grad():
+            (wide, projected, A, D, bias), n = leaves, n_states
+            B, C = projected[..., 3 : 3 + n], projected[..., 3 + n :]
+            assert torch.equal(
+                triton_scan(wide[..., width:], wide[..., :width], A, B, C, D, bias, tiles=tiles), found[0]
+            )
+    long_steps, dy = case(6, 4, 4, torch.float32)
+    with torch.no_grad():
+        long_steps[0] += 200  # steps so long that the state is forgotten at once
+    found = run(lambda *inputs: triton_scan(*inputs, tiles=SMALL), long_steps, dy)
+    assert worst(found, wanted(long_steps, dy)) < LIMIT[torch.float32]
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
+    reason="Triton's interpreter needs Triton, which comes with CUDA builds of torch only; with a GPU the gpu tests run",
+)
+def test_scan_in_the_interpreter():
+    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", "import test_scan_triton; test_scan_triton.interpreted_cases()"],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("T ") == 5
+
+
+def test_no_tokens_need_no_kernel():
+    leaves, dy = case(0, 6, 4, torch.float32)
+    found = run(triton_scan, leaves, dy)
+    assert found[0].shape == (2, 0, 6)
+    assert all(not gradient.any() for gradient in found[1:])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_declared_shapes(keep):
+    """What torch.compile is told, in types and strides: everything dense, states as the kernel writes them."""
+    u, delta, A, B, C, D, bias = (t.float().to("meta") for t in scan_inputs(13))
+    u, B = u.bfloat16(), B.transpose(1, 2).contiguous().transpose(1, 2).bfloat16()
+    tiles = [4, 8, 4, 1, 8, 1, int(keep)]
+    y, states = triton_forward(u, delta, A, B, C, D, bias, tiles)
+    assert (y.shape, y.dtype) == (u.shape, torch.bfloat16)
+    assert states.shape == ((2, 4, A.shape[1], 6) if keep else (0,))
+    gradients = triton_backward(y, u, delta, A, B, C, D, bias, states, tiles)
+    for gradient, given in zip(gradients, (u, delta, A, B, C, D, bias), strict=True):
+        assert (gradient.shape, gradient.dtype) == (given.shape, given.dtype)
+        assert gradient.is_contiguous()
+
+
+def test_float64_is_left_to_torch():
+    inputs = scan_inputs(9)
+    torch.testing.assert_close(
+        selective_scan(*inputs, kernel="triton"), reference_scan(*inputs), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Set what works on the CUDA device that is not there."""
+
+    def pretend(*, triton, mamba_ssm):
+        def probe():
+            if not mamba_ssm:
+                raise ModuleNotFoundError("No module named 'mamba_ssm'")
+
+        monkeypatch.undo()
+        kernels.clear_cache()
+        monkeypatch.setitem(kernels._PROBES, "mamba_ssm", probe)
+        monkeypatch.setattr(kernels, "_triton_usable", lambda: triton)
+
+    yield pretend
+    monkeypatch.undo()
+    kernels.clear_cache()
+
+
+def test_triton_by_name(pretended):
+    pretended(triton=True, mamba_ssm=False)
+    assert kernels.resolve_ssm("triton", "cuda", True) == "triton"
+    for device in ("cpu", "meta"):
+        with pytest.raises(UserError, match="kernels=triton needs"):
+            kernels.resolve_ssm("triton", device, True)
+    pretended(triton=False, mamba_ssm=True)
+    with pytest.raises(UserError, match="kernels=triton needs"):
+        kernels.resolve_ssm("triton", "cuda", True)
+
+
+def test_record_names_the_kernel_that_runs(pretended):
+    """Mamba-2 has no Triton scan: the record must not claim one."""
+    models = {Mamba1: Mamba1(d_model=16), Mamba2: Mamba2(d_model=16, headdim=8)}
+    used = lambda kind: kernels.kernels_used(models[kind], "cuda")["ssm"]  # noqa: E731
+    pretended(triton=True, mamba_ssm=False)
+    assert (used(Mamba1), used(Mamba2)) == ("triton", "torch")
+    pretended(triton=True, mamba_ssm=True)
+    assert used(Mamba2) == "mamba_ssm"
+    pretended(triton=False, mamba_ssm=True)
+    assert used(Mamba1) == "mamba_ssm"
+    assert kernels.kernels_used(models[Mamba1], "cpu")["ssm"] == "torch"
+
+
+GPU_TILES = [
+    DEFAULT_TILES,
+    replace(DEFAULT_TILES, keep_states=False),
+    Tiles(8, 16, 32, 1, 32, 1),
+    Tiles(8, 8, 128, 4, 128, 4),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n_tokens", "width", "n_states"), [
+    (1, 100, 16), (2, 64, 8), (7, 1, 16), (64, 129, 16), (255, 100, 32), (447, 300, 16), (1025, 70, 5), (4096, 33, 16),
+])  # fmt: skip
+def test_scan_on_the_gpu(n_tokens, width, n_states, dtype):
+    leaves, dy = case(n_tokens, width, n_states, dtype, device="cuda", rows=3)
+    expected = wanted(leaves, dy)
+    for tiles in GPU_TILES:
+        found = run(lambda *inputs, tiles=tiles: triton_scan(*inputs, tiles=tiles), leaves, dy)
+        assert worst(found, expected) < LIMIT[dtype], tiles
+        again = run(lambda *inputs, tiles=tiles: triton_scan(*inputs, tiles=tiles), leaves, dy)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scan_compiled_on_the_gpu(dtype):
+    leaves, dy = case(301, 96, 16, dtype, device="cuda")
+    compiled = torch.compile(lambda *inputs: selective_scan(*inputs, kernel="triton"), fullgraph=True)
+    assert worst(run(compiled, leaves, dy), wanted(leaves, dy)) < LIMIT[dtype]
+
+
+@pytest.mark.gpu
+def test_operator_contract_on_the_gpu():
+    u, delta, A, B, C, D, bias = (t.float().cuda().requires_grad_() for t in scan_inputs(9))
+    for keep in (0, 1):
+        torch.library.opcheck(triton_forward, (u, delta, A, B, C, D, bias, [4, 8, 64, 1, 128, 1, keep]))
