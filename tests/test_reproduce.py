@@ -111,6 +111,10 @@ def test_list_names_every_artefact_with_its_claim(capsys):
         (["tabel1"], "did you mean table1"),
         (["models=[lama]"], "did you mean llama"),
         (["seeds=[a]"], "whole numbers"),
+        (["seeds=[]"], "whole numbers"),
+        (["models=[]"], "selects nothing"),
+        (["split=fa"], "the same model under other names"),
+        (["cell=x"], "the same model under other names"),
         (["sed=1"], "did you mean seed"),
         (["budget=lots"], "budget=lots"),
         (["size.n_heads=7", "models=[llama]"], "n_heads"),
@@ -171,3 +175,25 @@ def test_a_killed_run_goes_on_from_its_checkpoint(how, tmp_path, home, two_model
     record = json.loads(path.read_text())
     assert record["resumed"] == 1
     assert record["steps"] == 120
+
+
+def test_padding_counts_neither_as_tokens_nor_as_speed(tmp_path, home):
+    """packing=pad: budget, record and tokens/s count real tokens; MFU counts what is computed."""
+    from flowhn import train
+
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"text": f"one two three four five number {i}"}) + "\n" for i in range(400)))
+    words = ["data=files", f"data.path={corpus}", "data.packing=pad", "data.loss_on_padding=false", "model=llama", "eval=none",
+             "vocab_size=300", "seq_len=64", "global_batch_tokens=512", "budget=2000", "val_points=1", "val_rows=4"]  # fmt: skip
+    assert train._main([*words, f"output_dir={tmp_path}", home[1]]) == 0
+    (path,) = tmp_path.glob("runs/*/record.json")
+    record = json.loads(path.read_text())
+    per_step = record["tokens"] / record["steps"]
+    assert per_step < 0.6 * 512
+    assert record["tokens"] - per_step < 2000 <= record["tokens"]
+    assert record["losses"]["val"][-1][0] == record["tokens"]
+    throughput = record["throughput"]
+    assert throughput["tps"] == pytest.approx(per_step / throughput["step_seconds"])
+    assert throughput["mfu"] == pytest.approx(
+        throughput["flops_per_token"] * throughput["tps"] / throughput["peak_flops"]
+    )

@@ -438,6 +438,29 @@ def test_three_skipped_steps_in_a_row_end_the_run_and_name_their_rows(tmp_path):
     assert noted == {"steps": [5, 6, 7], "training_rows": {"5": [50], "6": [60], "7": [70]}, "skipped_before": [2, 3]}
 
 
+def test_with_padding_the_cut_into_micro_batches_does_not_change_the_gradient():
+    labels = torch.randint(VOCAB, (8, SEQ))
+    labels[:3, 2:] = -100
+    labels[5] = -100  # a row without any label that counts
+    batch = {"input_ids": torch.randint(VOCAB, (8, SEQ)), "labels": labels}
+    per_row = float((labels != -100).sum()) / 8
+    seed_everything(0)
+    module = LitLM(net=Bigram(), optimizer={}, schedule={}, labels_per_row=per_row)
+    gradients = []
+    for size in (8, 4, 1):
+        module.zero_grad()
+        for start in range(0, 8, size):
+            part = {key: value[start : start + size] for key, value in batch.items()}
+            (module.training_step(part, 0)["loss"] * size / 8).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
+    plain = LitLM(net=module.net, optimizer={}, schedule={})
+    plain.zero_grad()
+    plain.training_step(batch, 0)["loss"].backward()
+    gradients.append(torch.cat([parameter.grad.flatten() for parameter in plain.parameters()]))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-4, atol=1e-6)
+
+
 def test_fit_is_quiet(tmp_path, capfd):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

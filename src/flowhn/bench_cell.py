@@ -72,11 +72,13 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _build(spec: Mapping[str, Any], config: Mapping[str, Any], device: torch.device, compiles: bool) -> Step:
     torch.manual_seed(spec["seed"])
     autocast = torch.bfloat16 if spec["precision"] == "bf16-mixed" else None
+    with device:  # a billion weights drawn on the CPU take longer than the measurement
+        module = build_peer(spec["peer"], config) if spec["peer"] else build_model(config)
+    module = module.to(device).train()
     if spec["peer"]:
-        module = build_peer(spec["peer"], config).to(device).train()
         run = torch.compile(module, dynamic=False) if compiles else module
         return Step(run, module, build_optimizer(module, config["optimizer"]), autocast, device)
-    net = build_model(config).to(device).train()
+    net = module
     lit = LitLM(net=net, optimizer=config["optimizer"], schedule={}, compile=compiles)
     lit.configure_model()  # compiles as training does
 
@@ -149,6 +151,7 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     hardware = resolve_hardware({**config, "precision": spec["precision"], "compile": spec["compile"]})
     device = hardware.device
     torch.set_float32_matmul_precision("highest" if spec["protocol"] == "published" else "high")
+    torch.backends.cudnn.allow_tf32 = spec["protocol"] != "published"
     if config["choices"]["model"] == "flowhn" and config["split"].get("balance") == "time":
         config["measured_balance"] = _balance(spec, config, hardware)
     spec = {**spec, "precision": hardware.precision}

@@ -344,6 +344,7 @@ def _fit(
         optimizer=config["optimizer"],
         schedule={**config["schedule"], "total_steps": steps},
         compile=hardware.compile,
+        labels_per_row=_labels_per_row(config, prepared),
     )
     return fit(
         lit,
@@ -351,7 +352,8 @@ def _fit(
         hardware=hardware,
         trainer_cfg=config["trainer"],
         total_steps=steps,
-        tokens_per_step=config["global_batch_tokens"],
+        tokens_per_step=real_tokens_per_step(config, prepared),
+        samples_per_step=config["global_batch_tokens"] // config["seq_len"],
         seq_len=config["seq_len"],
         run_dir=run.folder,
         run_id=run.run_id,
@@ -364,15 +366,25 @@ def _fit(
     )
 
 
+def _labels_per_row(config: Mapping[str, Any], prepared: Any) -> float | None:
+    """Mean labels of a row that count, where rows have padding that does not; None where every label counts."""
+    ignores = config["data"].get("packing") == "pad" and not config["data"].get("loss_on_padding", True)
+    return max(1.0, prepared.tokens_per_row - 1) if ignores else None
+
+
 def total_steps(config: Mapping[str, Any], prepared: Any) -> int:
     """Optimiser steps of a run: the token budget over the tokens of a step, rounded up.
 
     With ``data.packing=pad`` only real tokens count toward the budget (published code), so a step counts for the mean
     number of real tokens in its rows.
     """
-    per_row = min(prepared.tokens_per_row, config["seq_len"])
+    return max(1, math.ceil(config["tokens"] / real_tokens_per_step(config, prepared)))
+
+
+def real_tokens_per_step(config: Mapping[str, Any], prepared: Any) -> int:
+    """Tokens of an optimiser step that are not padding, on average over the data; all of them when rows are packed."""
     rows = config["global_batch_tokens"] // config["seq_len"]
-    return max(1, math.ceil(config["tokens"] / (rows * per_row)))
+    return max(1, round(rows * min(prepared.tokens_per_row, config["seq_len"])))
 
 
 def _kernels(model: Any, hardware: Any) -> dict[str, str | None]:
@@ -450,7 +462,7 @@ def _record(run: Run, prepared: Any, trained: Trained, evaluation: dict[str, Any
         device=describe_device(trained.hardware.device, trained.hardware.n_devices),
         kernels=fitted["kernels"],
         parameters=trained.model.num_parameters(),
-        tokens=fitted["steps"] * config["global_batch_tokens"],
+        tokens=fitted["steps"] * real_tokens_per_step(config, prepared),
         steps=fitted["steps"],
         seq_len=config["seq_len"],
         global_batch_tokens=config["global_batch_tokens"],

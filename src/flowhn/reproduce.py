@@ -115,8 +115,11 @@ def _plan_cells(name: str, artefact: dict[str, Any], overrides: Sequence[str]) -
     for cell in models or ():
         if cell not in cells:
             raise UserError(f"models={cell} is not a cell of {name}; {nearest(cell, cells)}")
-    if seeds is not None and not all(seed.isdigit() for seed in seeds):
+    if models is not None and not models:
+        raise UserError(f"models=[] selects nothing; choose from {', '.join(cells)}")
+    if seeds is not None and not (seeds and all(seed.isdigit() for seed in seeds)):
         raise UserError(f"seeds={','.join(seeds)} must be whole numbers, for example seeds=[0,1,2]")
+    _refuse_what_cells_set(name, cells, overrides)
     wanted: dict[str, Run] = {}
     others: dict[str, Run] = {}
     for cell in cells:
@@ -127,6 +130,18 @@ def _plan_cells(name: str, artefact: dict[str, Any], overrides: Sequence[str]) -
             into = wanted if models is None or cell in models else others
             into[label] = plan(compose("train", _last_wins(own)))
     return wanted, others
+
+
+def _refuse_what_cells_set(name: str, cells: dict[str, list[str]], overrides: Sequence[str]) -> None:
+    """A key in which the cells differ is not the user's: the rows would keep their names and all be the same model."""
+    own = {override.partition("=")[0]: cell for cell, words in cells.items() for override in words}
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in own or key in ("cell", "artefact"):
+            raise UserError(
+                f"{override} would make the rows of {name} the same model under other names; select rows with models=[...], or "
+                f"train one model with flowhn-train {override}"
+            )
 
 
 def _last_wins(overrides: Sequence[str]) -> list[str]:

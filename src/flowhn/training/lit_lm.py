@@ -28,12 +28,22 @@ class LitLM(LightningModule):
         compile: compile every block of ``net.layers`` and the loss with static shapes. Blocks are compiled in place, so
             the names in the state dict do not change. Validation runs eagerly: it would need a second compilation
             of every block, which costs more than the few validation batches.
+        labels_per_row: mean number of labels of a row that count, for data whose padding does not. A micro-batch then
+            counts by its number of labels and not as much as any other, so that cutting a step into micro-batches
+            or over devices does not change it. None: every label counts.
     """
 
     def __init__(
-        self, *, net: nn.Module, optimizer: Mapping[str, Any], schedule: Mapping[str, Any], compile: bool = False
+        self,
+        *,
+        net: nn.Module,
+        optimizer: Mapping[str, Any],
+        schedule: Mapping[str, Any],
+        compile: bool = False,
+        labels_per_row: float | None = None,
     ) -> None:
         super().__init__()
+        self.labels_per_row = labels_per_row
         self.net = net
         self.optimizer_config = dict(optimizer)
         self.schedule_config = dict(schedule)
@@ -70,7 +80,13 @@ class LitLM(LightningModule):
         hidden = self.net.body(batch["input_ids"])  # (B, T, D)
         head = self.net.lm_head
         loss = training_loss(hidden, head.weight, getattr(head, "bias", None), batch["labels"], plain=self._loss)
-        return {"loss": loss, "loss_value": loss.detach()}
+        value = loss.detach()
+        if self.labels_per_row is not None:
+            counted = (batch["labels"] != IGNORE).sum()
+            share = counted / (batch["labels"].shape[0] * self.labels_per_row)
+            loss = torch.where(counted > 0, loss * share, torch.zeros_like(loss))  # 0/0 where nothing counts
+            value = loss.detach()
+        return {"loss": loss, "loss_value": value}
 
     def on_validation_epoch_start(self) -> None:
         self.val_sum.reset()

@@ -72,6 +72,7 @@ def fit(
     tokens_per_step: int,
     seq_len: int,
     run_dir: Path,
+    samples_per_step: int | None = None,
     run_id: str = "",
     accumulate: int = 1,
     val_steps: Sequence[int] = (),
@@ -90,7 +91,8 @@ def fit(
         datamodule: serves micro-batches and has ``set_start(samples_seen)``.
         hardware: from :func:`~flowhn.training.hardware.resolve_hardware`.
         trainer_cfg: the ``trainer`` part of the config, see ``configs/trainer/auto.yaml``.
-        tokens_per_step: tokens of one optimiser step over all devices.
+        tokens_per_step: tokens of one optimiser step over all devices, padding left out.
+        samples_per_step: sequences of one optimiser step over all devices; None: ``tokens_per_step / seq_len``.
         accumulate: micro-batches of one optimiser step on one device.
         val_steps: optimiser steps after which to validate; empty: never.
         on_progress: called about four times a second with (step, total_steps, tokens/s, latest train loss).
@@ -101,6 +103,7 @@ def fit(
         KeyboardInterrupt, SystemExit(143): after SIGINT, SIGTERM, with a checkpoint of the last finished step written.
     """
     say = say or (lambda text: None)
+    samples_per_step = samples_per_step or tokens_per_step // seq_len
     run_dir.mkdir(parents=True, exist_ok=True)
     folder = run_dir / CHECKPOINTS
     search = latest_valid_checkpoint(folder)
@@ -109,7 +112,9 @@ def fit(
     if search.path is not None:
         say(f"going on from {search.path}")
     stop = StopRequest()
-    throughput = _throughput(lit, trainer_cfg.get("throughput") or {}, total_steps, tokens_per_step, seq_len)
+    throughput = _throughput(
+        trainer_cfg.get("throughput") or {}, total_steps, tokens_per_step, 3 * lit.net.flops(seq_len) * samples_per_step
+    )
     recorder = CurveRecorder(
         tokens_per_step=tokens_per_step,
         log_every=_log_every(trainer_cfg.get("log_every"), total_steps, hardware),
@@ -119,7 +124,7 @@ def fit(
             tokens_per_step=tokens_per_step,
             total_steps=total_steps,
             folder=run_dir,
-            rows_of_step=_rows_of_step(datamodule, tokens_per_step // seq_len),
+            rows_of_step=_rows_of_step(datamodule, samples_per_step),
         ),
         on_progress=on_progress,
     )
@@ -128,7 +133,7 @@ def fit(
     keeper = CheckpointKeeper(
         folder=folder,
         run_id=run_id,
-        samples_per_step=tokens_per_step // seq_len,
+        samples_per_step=samples_per_step,
         every_n_steps=keeping.get("every_n_steps"),
         seconds=keeping.get("seconds"),
         keep=keeping.get("keep", 2),
@@ -220,14 +225,17 @@ def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Call
 
 
 def _throughput(
-    lit: LightningModule, cfg: Mapping[str, Any], total_steps: int, tokens_per_step: int, seq_len: int
+    cfg: Mapping[str, Any], total_steps: int, tokens_per_step: int, flops_per_step: int
 ) -> ThroughputMonitor:
-    """Windows as configured; a short run has a shorter warm-up and shorter windows rather than none."""
+    """Windows as configured; a short run has a shorter warm-up and shorter windows rather than none.
+
+    ``flops_per_step`` is three times the forward pass, since the backward pass costs twice that, with padding.
+    """
     warmup = min(cfg.get("warmup_steps", 5), max(1, total_steps // 3))
     window = min(cfg.get("window_steps", 10), max(1, (total_steps - warmup) // 3))
     return ThroughputMonitor(
         tokens_per_step=tokens_per_step,
-        flops_per_token=3 * lit.net.flops(seq_len) / seq_len,  # the backward pass costs twice the forward pass
+        flops_per_token=flops_per_step / tokens_per_step,
         warmup_steps=warmup,
         window_steps=window,
         peak=cfg.get("peak_flops"),
