@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from flowhn import bench, bench_cell
-from flowhn.benchmark.peers import PEERS, build_peer
+from flowhn.benchmark.peers import PEERS, build_peer, peer_kernels
 from flowhn.benchmark.profile import kind_of, profile_steps, union
 from flowhn.config import compose, groups, to_dict
 from flowhn.errors import UserError
@@ -226,3 +226,37 @@ def test_overlap_is_what_the_union_does_not_cover():
     assert kind_of("something new") == "other"
     found = profile_steps(lambda: torch.randn(64, 64) @ torch.randn(64, 64), device=torch.device("cpu"))
     assert found["kernel_ms"] > 0
+
+
+def test_a_peer_that_cannot_be_compiled_runs_eagerly_and_says_so(monkeypatch):
+    (spec,) = bench.plan(to_dict(compose("bench", [*SMALL, "bench=peers", "models=[peer_llama]"])))
+    build = bench_cell._build
+
+    def refuse(spec, config, device, compiles):
+        if compiles:
+            raise RuntimeError("cannot trace\nmore")
+        return build(spec, config, device, compiles)
+
+    monkeypatch.setattr(bench_cell, "_build", refuse)
+    result = bench_cell.measure({**spec, "compile": True})
+    assert (result["status"], result["compile"], result["compile_error"]) == ("done", False, "cannot trace")
+    assert result["kernels"] == {"ssm": None, "attention": "sdpa"}
+    (own,) = bench.plan(to_dict(compose("bench", [*SMALL, "models=[llama]"])))
+    with pytest.raises(RuntimeError, match="cannot trace"):
+        bench_cell.measure({**own, "compile": True})
+
+
+def test_a_peers_kernels_are_the_functions_that_transformers_chose(monkeypatch):
+    from transformers.models.mamba import modeling_mamba
+
+    assert peer_kernels("llama") == {"ssm": None, "attention": "sdpa"}
+    implementation = torch.nn.functional.relu
+    monkeypatch.setattr(modeling_mamba, "mamba_inner_fn", lambda x: implementation(x))
+    assert peer_kernels("mamba1")["ssm"] == "torch.nn.functional"
+
+
+def test_goals_of_length_and_of_the_published_code():
+    records = [fake("flowhn_fac", 1_000_000), fake("flowhn_fac", 900_000, seq_len=8192)]
+    frame = goals(bench_table(records))
+    assert frame[frame.what.str.contains("8,192")].reached.item() == pytest.approx(90.0)
+    assert frame[frame.what.str.contains("published")].reached.item() == pytest.approx(1_000_000 / 96_200)

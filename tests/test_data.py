@@ -373,3 +373,29 @@ def test_two_processes_prepare_one_cache(tmp_path):
 def test_every_data_config_names_itself():
     for path in CONFIGS.glob("*.yaml"):
         assert yaml.safe_load(path.read_text())["name"] == path.stem
+
+
+def test_docs_trains_on_no_paragraph_that_it_holds_out(docs):
+    documents = list(DocsCorpus({"val_fraction": 0.06}).documents())
+
+    def paragraphs(held_out: bool) -> set[str]:
+        texts = [document.text for document in documents if document.held_out is held_out]
+        parts = (" ".join(part.split()).lower() for text in texts for part in text.split("\n\n") if len(part) >= 24)
+        return set(parts)
+
+    assert len(paragraphs(True)) > 200
+    assert not paragraphs(True) & paragraphs(False)
+
+
+def test_nearly_everything_held_out_still_leaves_a_document(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents()))
+    parts = [document.held_out for document in FilesCorpus(files_spec(str(path), val_fraction=0.99)).documents()]
+    assert 0 < sum(parts) < len(parts)
+
+
+def test_dictionary_encoded_parquet_is_text(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(documents(20)).dictionary_encode()}), path)
+    read = [document.text for document in FilesCorpus(files_spec(str(path))).documents()]
+    assert sorted(read) == sorted(documents(20))

@@ -90,6 +90,32 @@ def test_evaluate_a_finished_run(two_models, home, capsys):
     assert result["tasks"]["docs_continuation"]["n"] == 4
 
 
+def test_a_run_with_another_tokenizer_is_refused(two_models, tmp_path):
+    import shutil
+
+    from flowhn.loading import load_run
+
+    (run,) = (two_models.parents[1] / "runs").glob("llama-*")
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    assert load_run(copy).tokenizer is not None
+    content = json.loads((copy / "tokenizer.json").read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    (copy / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not the one it was trained with"):
+        load_run(copy)
+    (copy / "tokenizer.json").unlink()
+    assert load_run(copy).tokenizer is None
+
+
+def test_the_papers_text_brings_the_papers_tasks():
+    from flowhn.config import compose
+
+    assert compose("train", ["data=slimpajama"]).choices["eval"] == "paper"
+    assert compose("train", ["data=slimpajama", "eval=none"]).choices["eval"] == "none"
+    assert compose("train", []).choices["eval"] == "docs"
+
+
 def test_dry_run_shows_parameters_and_which_records_exist(two_models, home, capsys):
     assert main("--dry-run", "table1", *SMALL, *home) == 0
     shown = capsys.readouterr().out

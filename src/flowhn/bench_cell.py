@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from flowhn.benchmark import describe_device, device_synchronize, peak_flops
 from flowhn.benchmark.peaks import compute_dtype, measured_matmul
-from flowhn.benchmark.peers import build_peer
+from flowhn.benchmark.peers import build_peer, peer_kernels
 from flowhn.config import build_model, compose, to_dict
 from flowhn.models.kernels import kernels_used
 from flowhn.training.hardware import resolve_hardware
@@ -156,35 +156,44 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
         config["measured_balance"] = _balance(spec, config, hardware)
     spec = {**spec, "precision": hardware.precision}
 
+    how: dict[str, Any] = {"precision": hardware.precision, "compile": hardware.compile}
+
     def run(batch: int, windows: int, steps: int) -> dict[str, Any]:
+        try:
+            return attempt(batch, windows, steps)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # what torch.compile makes of foreign code; the peer then runs as it is
+            if not (spec["peer"] and how["compile"]):
+                raise
+            how.update(compile=False, compile_error=(str(error).strip().splitlines() or [type(error).__name__])[0])
+        return attempt(batch, windows, steps)
+
+    def attempt(batch: int, windows: int, steps: int) -> dict[str, Any]:
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        step = _build(spec, config, device, hardware.compile)
+        step = _build(spec, config, device, how["compile"])
         data = _tokens(spec, batch, config["vocab_size"], device)
         first, seconds = _time(step, data, warmup=spec["warmup_steps"], windows=windows, steps=steps)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         found = {"first": first, "seconds": seconds, "peak_bytes": peak, "step": step, "data": data}
         found["parameters"] = sum(parameter.numel() for parameter in step.module.parameters())
-        found["kernels"] = None if spec["peer"] else kernels_used(step.module, device.type)
+        found["kernels"] = peer_kernels(spec["peer"]) if spec["peer"] else kernels_used(step.module, device.type)
         return found
 
     if not spec["windows"]:  # only fill the compilation caches
         return {"status": "prepared", "first_step_seconds": run(_first(spec), 0, 0)["first"]}
-    base = {
-        "device": describe_device(device),
-        "config": config,
-        "precision": hardware.precision,
-        "compile": hardware.compile,
-    }
+    base = {"device": describe_device(device), "config": config}
     try:
         batch, tried = (spec["batch"], []) if isinstance(spec["batch"], int) else _search(spec, run)
         found = run(batch, spec["windows"], spec["steps_per_window"])
     except torch.OutOfMemoryError as error:
-        return {**base, "status": "out of memory", "reason": str(error).splitlines()[0], "batch": spec["batch"]}
-    result = {**base, "status": "done", "tried": tried, "batch": batch, **_figures(spec, config, found, batch, device)}
+        return {**base, **how, "status": "out of memory", "reason": str(error).splitlines()[0], "batch": spec["batch"]}
+    figures = _figures(spec, config, found, batch, device)
+    result = {**base, **how, "status": "done", "tried": tried, "batch": batch, **figures}
     if spec["profile"]:
         from flowhn.benchmark.profile import profile_steps
 

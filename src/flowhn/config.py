@@ -97,6 +97,8 @@ def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     """
     register_resolvers()
     overrides = list(overrides)
+    if "data=slimpajama" in overrides and not any(word.startswith(("eval=", "experiment=")) for word in overrides):
+        overrides.append("eval=paper")  # whoever has the hub for the paper's text has it for the paper's six tasks
     _check_overrides(overrides)
     GlobalHydra.instance().clear()
     try:
@@ -220,8 +222,15 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
         return instantiate(tree, _convert_="all")
     except InstantiationException as error:
         cause: BaseException | None = error
+        innermost: BaseException = error
         while cause is not None:
             if isinstance(cause, UserError):
                 raise cause from None
+            innermost = cause
             cause = cause.__cause__ or cause.__context__
-        raise UserError(f"the model cannot be built from its config: {str(error).splitlines()[0]}") from error
+        key = next(
+            (line.split(":", 1)[1].strip() for line in str(error).splitlines() if line.startswith("full_key:")), ""
+        )
+        where = ".".join(part for part in ("model", key) if part)
+        reason = (str(innermost).strip().splitlines() or [type(innermost).__name__])[0]
+        raise UserError(f"the model cannot be built: {where} has a value that does not fit ({reason})") from error

@@ -6,6 +6,7 @@ same configuration always meets its own folder again: a finished run is not repe
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -188,7 +189,10 @@ class Workshop:
         if not suite["tasks"]:
             return {"suite": suite["name"], "tasks": {}, "seconds": 0.0}
         if tokenizer is None:
-            raise UserError("data=random has no tokenizer and cannot be evaluated; set eval=none")
+            raise UserError(
+                "there is no tokenizer to evaluate with: data=random has none (set eval=none); a run of other data keeps it as "
+                "tokenizer.json in its folder (restore it there)"
+            )
         key = config_hash({"suite": dict(suite), "heldout": str(heldout_file)})
         if key not in self._evaluators:
             if on_progress:
@@ -257,6 +261,8 @@ def _train(run: Run, prepared: Any, on_progress: Callable[[Progress], None], say
     fitted["kernels"] = _kernels(model, hardware)
     _save_weights(model, folder)
     _copy_tokenizer(prepared, folder)
+    described = {"run_id": run.run_id, "name": run.name, "config": config}
+    write_json(folder / CONFIG_NAME, described | {"tokenizer_sha256": tokenizer_hash(folder)})
     write_json(done, fitted)
     return Trained(model.to(hardware.device).eval(), hardware, fitted)
 
@@ -436,6 +442,20 @@ def _copy_tokenizer(prepared: Any, folder: Path) -> None:
         shutil.copyfile(source, folder / source.name)
 
 
+def tokenizer_hash(folder: Path) -> str | None:
+    """SHA-256 over the files of a run's tokenizer, None where it has none; another tokenizer would give other tokens."""
+    from flowhn.data.prepared import TOKENIZER_NAMES
+
+    place = next((folder / name for name in TOKENIZER_NAMES if (folder / name).exists()), None)
+    if place is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader finds the old file or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -475,6 +495,11 @@ def _record(run: Run, prepared: Any, trained: Trained, evaluation: dict[str, Any
         throughput=fitted["throughput"],
         memory=fitted["memory"],
         evaluation={"suite": evaluation["suite"], "tasks": evaluation["tasks"]},
-        wall_seconds={"train": fitted["wall_seconds"], "eval": evaluation["seconds"], "total": seconds},
+        # Of a run that was stopped, seconds cover the last call alone and training all of them.
+        wall_seconds={
+            "train": fitted["wall_seconds"],
+            "eval": evaluation["seconds"],
+            "total": max(seconds, fitted["wall_seconds"] + evaluation["seconds"]),
+        },
         resumed=fitted["resumed"],
     )

@@ -13,7 +13,7 @@ from flowhn.config import build_model, check_targets
 from flowhn.data.prepared import TOKENIZER_NAMES
 from flowhn.data.tokenization import TextTokenizer, open_tokenizer
 from flowhn.errors import UserError
-from flowhn.experiment import CONFIG_NAME, WEIGHTS_NAME
+from flowhn.experiment import CONFIG_NAME, WEIGHTS_NAME, tokenizer_hash
 from flowhn.models import CausalLM
 
 
@@ -43,7 +43,8 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: b
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder} is not the folder of a run (no {CONFIG_NAME}); give one of outputs/runs/")
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))["config"]
+        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        config, wanted = content["config"], content.get("tokenizer_sha256")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG_NAME} is damaged; train the run again or restore the file") from error
     if not (folder / WEIGHTS_NAME).is_file():
@@ -54,6 +55,10 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: b
         check_targets(config["model"])
     model = build_model(config)
     load_weights(model, folder / WEIGHTS_NAME)
+    if wanted is not None and (found := tokenizer_hash(folder)) not in (None, wanted):
+        raise UserError(
+            f"the tokenizer in {folder} is not the one it was trained with ({found[:8]} instead of {wanted[:8]}); restore it"
+        )
     tokenizer = next((folder / name for name in TOKENIZER_NAMES if (folder / name).exists()), None)
     return LoadedRun(folder, config, model.to(device).eval(), open_tokenizer(tokenizer) if tokenizer else None)
 

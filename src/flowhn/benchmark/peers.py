@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -11,6 +13,12 @@ from torch import Tensor, nn
 from flowhn.errors import UserError
 
 PEERS = ("llama", "mamba1", "mamba2", "jamba")
+# The function of each peer's module in transformers that decides how fast its training step is.
+_SCANS = {
+    "mamba1": ("transformers.models.mamba.modeling_mamba", "mamba_inner_fn"),
+    "mamba2": ("transformers.models.mamba2.modeling_mamba2", "mamba2_split_conv1d_scan_combined"),
+    "jamba": ("transformers.models.jamba.modeling_jamba", "mamba_inner_fn"),
+}
 
 
 class Peer(nn.Module):
@@ -67,3 +75,18 @@ def build_peer(name: str, config: Mapping[str, Any]) -> Peer:
             use_cache=False,
     )  # fmt: skip
     return Peer(transformers.JambaForCausalLM(made))
+
+
+def peer_kernels(name: str) -> dict[str, str | None]:
+    """What a peer runs, as our models' records say it: ``{"ssm", "attention"}``.
+
+    transformers takes mamba_ssm's function where that package (and causal_conv1d) can be imported, else its own plain
+    torch; ``ssm`` is the module which that function comes from, or ``unknown`` where this transformers has no such choice.
+    """
+    attention = "sdpa" if name in ("llama", "jamba") else None
+    if name not in _SCANS:
+        return {"ssm": None, "attention": attention}
+    module, function = _SCANS[name]
+    found = getattr(import_module(module), function, None)
+    chosen = inspect.getclosurevars(found).nonlocals.get("implementation") if inspect.isfunction(found) else None
+    return {"ssm": getattr(chosen, "__module__", "unknown"), "attention": attention}

@@ -17,7 +17,7 @@ from flowhn.data.prepared import STATS_NAME, PreparedData
 from flowhn.data.tokenization import tokenizer_fingerprint
 from flowhn.errors import UserError
 
-CODE_VERSION = 2  # raise it whenever the same input would give other tokens
+CODE_VERSION = 3  # raise it whenever the same input would give other tokens
 PACKINGS = ("pack", "pad")
 # These name places or ways of working; what they lead to is in the fingerprints.
 _NOT_IN_KEY = {"path", "val_path", "tokenizer", "num_proc", "loss_on_padding"}

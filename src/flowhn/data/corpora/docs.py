@@ -57,23 +57,32 @@ class DocsCorpus:
         return {"python": platform.python_version(), "implementation": platform.python_implementation()}
 
     def documents(self) -> Iterator[Document]:
-        """Modules in path order, then topics in name order; a docstring seen before is left out.
+        """Modules in path order, then topics in name order.
+
+        A docstring seen before is left out, and so is every paragraph of a training document that also stands in a
+        held-out one: the library's modules repeat each other.
 
         Raises:
             UserError: this Python has no readable standard library sources.
         """
         seen: set[str] = set()
+        found: list[Document] = []
         for name, texts in self._modules():
             kept = []
             for text in map(clean, texts):
-                key = " ".join(text.split()).lower()
+                key = _folded(text)
                 if len(text) >= MIN_CHARS and key not in seen:
                     seen.add(key)
                     kept.append(text)
             if kept:
-                yield Document(name, "\n\n".join(kept), uniform_hash(name) < self.val_fraction)
-        if not seen:
+                found.append(Document(name, "\n\n".join(kept), uniform_hash(name) < self.val_fraction))
+        if not found:
             raise UserError(f"data=docs found no docstrings under {self.root}; use data=files data.path=FILE instead")
+        heldout = {_folded(part) for document in found if document.held_out for part in document.text.split("\n\n")}
+        for document in found:
+            text = document.text if document.held_out else _without(document.text, heldout)
+            if text:
+                yield Document(document.id, text, document.held_out)
 
     def _modules(self) -> Iterator[tuple[str, list[str]]]:
         for path in _source_files(self.root):
@@ -83,6 +92,16 @@ class DocsCorpus:
         topics = self.root / "pydoc_data" / "topics.py"
         for name, text in sorted(reference_topics(topics).items()):
             yield f"topics.{name}", [text]
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).lower()
+
+
+def _without(text: str, unwanted: set[str]) -> str:
+    """The text without those of its paragraphs whose folded form is unwanted; very short ones stay (headings, "Example:")."""
+    parts = text.split("\n\n")
+    return "\n\n".join(part for part in parts if len(part) < MIN_CHARS or _folded(part) not in unwanted)
 
 
 def _source_files(root: Path) -> Iterator[Path]:

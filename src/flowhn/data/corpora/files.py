@@ -62,7 +62,8 @@ class FilesCorpus:
                 for name, text in first:
                     yield from _cut_tail(name, text, self.val_fraction)
                 return
-            threshold = hashes[max(1, round(self.val_fraction * len(hashes)))]
+            held = max(1, round(self.val_fraction * len(hashes)))
+            threshold = hashes[min(held, len(hashes) - 1)]  # one document at least is trained on
         for name, text in itertools.chain(first, texts):
             yield Document(name, text, uniform_hash(text) < threshold)
 

@@ -132,6 +132,7 @@ def _parquet(path: Path, key: str, text_key: str) -> Iterator[str]:
                 names = ", ".join(schema.names)
                 raise UserError(f"{key}={path} has no column {text_key!r} (it has: {names}); set data.text_key")
             kind = schema.field(text_key).type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise UserError(f"{key}={path} has numbers, not text, in column {text_key!r}; set data.text_key")
             for batch in file.iter_batches(batch_size=256, columns=[text_key]):
