@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import DictConfig
 
@@ -63,6 +63,11 @@ class Run:
         if record.run_id != self.run_id:
             raise UserError(f"{self.record_path} belongs to another run ({record.run_id}); move it away or use --force")
         return record
+
+
+def process_rank() -> int:
+    """Number of this process among those of one run: 0 for the first or only one. Set by torchrun, Slurm or Lightning."""
+    return next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
 
 
 def cell_name(config: Mapping[str, Any]) -> str:
@@ -141,6 +146,8 @@ class Workshop:
 
         if (record := run.record()) is not None:
             return record
+        if process_rank():
+            self._help_train(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run.folder / "lock")
         try:
@@ -150,6 +157,18 @@ class Workshop:
             raise UserError(
                 f"another process works in {run.folder}; wait for it or set output_dir= elsewhere"
             ) from None
+
+    def _help_train(self, run: Run) -> NoReturn:
+        """A process beside the first (another device): takes its share of the training and ends; the first does the rest."""
+        from flowhn.training import resolve_hardware, seed_everything
+
+        if not (run.folder / TRAINED_NAME).is_file():
+            prepared = self.prepare(run.config)
+            seed_everything(run.config["seed"])
+            hardware = resolve_hardware(run.config)
+            _balance_by_time(run, hardware, say=lambda text: None)
+            _fit(run, build_model(run.config), prepared, hardware, lambda progress: None, lambda text: None)
+        raise SystemExit(0)
 
     def _run_locked(self, run: Run, on_progress: Callable[[Progress], None], say: Callable[[str], None]) -> RunRecord:
         from flowhn.training import seed_everything
@@ -366,7 +385,7 @@ def _fit(
         accumulate=accumulate,
         val_steps=validation_steps(steps, config["val_points"]),
         clip_grad_norm=config["clip_grad_norm"],
-        loggers=_loggers(run),
+        loggers=[] if process_rank() else _loggers(run),
         on_progress=lambda step, total, speed, loss: on_progress(Progress("train", step, total, speed, loss)),
         say=say,
     )
