@@ -14,6 +14,7 @@ import pandas as pd
 import yaml
 
 from flowhn.reporting.artefact import write_artefact
+from flowhn.reporting.bench import find_bench_records, write_bench
 from flowhn.reporting.record import find_records
 from flowhn.reporting.tables import table1
 
@@ -63,9 +64,15 @@ def redraw(source: Path, target: Path) -> None:
     write_artefact(records, target, title=artefact["title"], figures=artefact["figures"], expected=cells)
 
 
+def redraw_bench(source: Path, target: Path) -> None:
+    """Write the tables and figures of ``experiments/bench/<case>`` into ``target``, from its records."""
+    case = yaml.safe_load((ROOT / "configs" / "bench" / f"{source.name}.yaml").read_text(encoding="utf-8"))
+    write_bench(find_bench_records(source / "records"), target, title=case["title"])
+
+
 def settings() -> list[Path]:
-    """The folders below experiments/ that hold an artefact's records."""
-    known = {path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")}
+    """The folders below experiments/ that hold records."""
+    known = {path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")} | {"bench"}
     return [
         path.parent for path in sorted((ROOT / "experiments").glob("*/*/records")) if path.parent.parent.name in known
     ]
@@ -74,7 +81,7 @@ def settings() -> list[Path]:
 def stale(source: Path) -> list[str]:
     """Names of the text files of a folder that its records would not give (pictures differ by matplotlib's version)."""
     with tempfile.TemporaryDirectory() as folder:
-        redraw(source, Path(folder))
+        (redraw_bench if source.parent.name == "bench" else redraw)(source, Path(folder))
         fresh = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix in (".md", ".csv")}
     return [name for name, content in fresh.items() if (source / name).read_bytes() != content]
 
@@ -97,7 +104,7 @@ def main() -> int:
             print(f"{name} is not what the committed records give; run scripts/refresh_experiments.py")
         return int(bool(found))
     for source in settings():
-        redraw(source, source)
+        (redraw_bench if source.parent.name == "bench" else redraw)(source, source)
     (ROOT / "README.md").write_text(readme()[1], encoding="utf-8")
     return 0
 

@@ -219,6 +219,10 @@ def _text(frame: pd.DataFrame) -> pd.DataFrame:
     return shown.rename(columns=names)
 
 
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def write_bench(records: Sequence[Mapping[str, Any]], folder: Path, *, title: str) -> list[Path]:
     """``table.md``, ``table.csv`` and ``figure4.png`` or ``length.png`` in ``folder``; returns what was written.
 
@@ -244,7 +248,7 @@ def write_bench(records: Sequence[Mapping[str, Any]], folder: Path, *, title: st
     reached = goals(frame)
     if not reached.empty and "H200" in str(first["device"]["name"]):
         shown = reached.assign(
-            goal=[f"{value:,.4g}" for value in reached.goal], reached=[f"{value:,.4g}" for value in reached.reached],
+            goal=[_short(value) for value in reached.goal], reached=[_short(value) for value in reached.reached],
             met=["yes" if met else "no" for met in reached.met],
         )  # fmt: skip
         parts += ["**Goal and reached**", shown.to_markdown(index=False, disable_numparse=True)]
