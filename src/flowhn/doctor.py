@@ -136,7 +136,7 @@ def _device() -> Iterator[Finding]:
 
 def _kernels() -> Iterator[Finding]:
     from flowhn.benchmark.kernel_checks import MIXERS, check_kernel
-    from flowhn.models.kernels import kernel_status, resolve_attention, resolve_ssm
+    from flowhn.models.kernels import kernel_status, resolve_attention, resolve_ssm, triton_usable
     from flowhn.training import resolve_hardware
 
     device = resolve_hardware({"trainer": {}}).device
@@ -144,19 +144,21 @@ def _kernels() -> Iterator[Finding]:
         runs = usable and device.type == "cuda"
         text = reason if runs or not usable else f"{reason}, but it needs CUDA and the device is {device}"
         yield Finding(f"package {package}", "ok" if runs else "note", text, "" if usable else _GPU_EXTRA)
+    triton = triton_usable()
+    text = "runs here" if triton else "needs an Ampere or newer GPU and a CUDA build of torch, which brings it along"
+    yield Finding("package triton", "ok" if triton else "note", text)
     for mixer in MIXERS:
-        resolve = resolve_attention if mixer == "attention" else resolve_ssm
         check = check_kernel(mixer, "auto", device)
         name = f"kernel of {mixer}"
-        taken = resolve("auto", device.type)
-        key = "attention" if mixer == "attention" else "kernels"
+        if mixer == "attention":
+            taken, plain = resolve_attention("auto", device.type), "attention=sdpa"
+        else:
+            taken, plain = resolve_ssm("auto", device.type, has_triton=mixer == "mamba1"), "kernels=torch"
         if check.error is not None:
-            yield Finding(
-                name, "fail", f"{taken} does not run here: {check.error}", f"{key}=torch, or install it again"
-            )
+            yield Finding(name, "fail", f"{taken} does not run here: {check.error}", f"{plain}, or install it again")
         elif not check.correct:
             text = f"{taken} is wrong here: off by {check.difference:.2g} (at most {check.tolerance:g})"
-            yield Finding(name, "fail", text, f"{key}={'sdpa' if mixer == 'attention' else 'torch'}")
+            yield Finding(name, "fail", text, plain)
         else:
             speed = f"{check.tokens_per_second:,.0f} tokens/s forward and backward in a layer of width 64"
             yield Finding(name, "ok", f"auto takes {taken}: off by {check.difference:.1g}, {speed}")
