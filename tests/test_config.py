@@ -6,7 +6,7 @@ import pytest
 
 from flowhn.config import compose, config_dir, groups, identity, parse_tokens, to_dict
 from flowhn.errors import UserError
-from flowhn.experiment import plan
+from flowhn.runs import plan
 
 NAMED = {"smoke": 6000, "laptop": 200_000, "paper": 10**9}
 

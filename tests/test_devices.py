@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from flowhn import train
-from flowhn.experiment import process_rank
+from flowhn.runs import process_rank
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,7 +13,7 @@ import torch
 import flowhn
 from flowhn.config import build_model, check_targets, compose, groups, to_dict
 from flowhn.errors import UserError
-from flowhn.experiment import CONFIG_NAME, WEIGHTS_NAME, _save_weights
+from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ def run(tmp_path):
     """The folder of a run as training leaves it."""
     config = to_dict(compose("train", ["model=llama", "size=tiny"]))
     (tmp_path / CONFIG_NAME).write_text(json.dumps({"run_id": "x", "name": "x", "config": config}))
-    _save_weights(build_model(config), tmp_path)
+    save_weights(build_model(config), tmp_path)
     return tmp_path
 
 

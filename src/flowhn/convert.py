@@ -64,8 +64,8 @@ def convert_published(weights: Path, config: Path, out: Path) -> None:
     """
     from safetensors.torch import save_file
 
-    from flowhn.experiment import CONFIG_NAME, WEIGHTS_NAME, write_json
     from flowhn.models.convert.published import PublishedConfig
+    from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, write_json
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} is there already; give a new or an empty folder")

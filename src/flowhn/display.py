@@ -10,7 +10,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flowhn.experiment import Progress as RunProgress
+from flowhn.runs import Progress as RunProgress
 
 _EVAL_WEIGHT = 0.15  # of a run's work, for the estimate of the time left; training has the rest
 _LINE_SECONDS = 20.0  # between two lines when the output is a file or a CI log

@@ -31,8 +31,9 @@ def _main(argv: Sequence[str]) -> int:
 
     from flowhn.config import compose, to_dict
     from flowhn.evaluation.suites import needs_heldout
-    from flowhn.experiment import Workshop, write_json
+    from flowhn.experiment import Workshop
     from flowhn.loading import load_run
+    from flowhn.run_folder import write_json
     from flowhn.training import resolve_hardware
 
     asked = to_dict(compose("train", args.overrides))

@@ -13,8 +13,8 @@ from flowhn.config import build_model, check_targets
 from flowhn.data.prepared import TOKENIZER_NAMES
 from flowhn.data.tokenization import TextTokenizer, open_tokenizer
 from flowhn.errors import UserError
-from flowhn.experiment import CONFIG_NAME, WEIGHTS_NAME, tokenizer_hash
 from flowhn.models import CausalLM
+from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, tokenizer_hash
 
 
 @dataclass(frozen=True)

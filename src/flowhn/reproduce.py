@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from flowhn.cli import run_entry
 from flowhn.config import compose, config_dir, nearest
 from flowhn.errors import UserError
-from flowhn.experiment import Run, plan, summary
+from flowhn.runs import Run, plan
 
 EPILOG = """examples:
   ./reproduce.sh                                                Table 1 at laptop scale, from nothing
@@ -155,7 +155,7 @@ def _run_missing(artefact: dict[str, Any], runs: dict[str, Run]) -> dict[str, st
     if not missing:
         return {}
     from flowhn.display import Display
-    from flowhn.experiment import Workshop
+    from flowhn.experiment import Workshop, summary
 
     failed: dict[str, str] = {}
     workshop = Workshop()
@@ -177,7 +177,7 @@ def _dry_run(name: str, runs: dict[str, Run]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from flowhn.experiment import count_parameters
+    from flowhn.runs import count_parameters
 
     table = Table(title=f"{name}: {len(runs)} runs")
     for column in (

@@ -16,8 +16,8 @@ from pathlib import Path
 import pandas as pd
 
 from flowhn.errors import UserError
-from flowhn.experiment import write_json
 from flowhn.reporting.record import RunRecord, read_record
+from flowhn.run_folder import write_json
 
 JOB_NAME = "job.json"
 LOG_NAME = "error.log"

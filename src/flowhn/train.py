@@ -18,8 +18,9 @@ from flowhn.cli import run_entry
 from flowhn.config import compose, config_dir, register_resolvers
 from flowhn.display import Display
 from flowhn.errors import UserError
-from flowhn.experiment import Workshop, plan, summary
+from flowhn.experiment import Workshop, summary
 from flowhn.reporting.record import RunRecord
+from flowhn.runs import plan
 from flowhn.sweeps import run_job, write_summary
 
 # These belong to Hydra's own command line; a plain run is composed by ours, whose errors are one sentence.

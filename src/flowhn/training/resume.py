@@ -63,7 +63,6 @@ class CheckpointKeeper(StepCallback, Checkpoint):
         folder: where the checkpoints lie.
         run_id: names the configuration; a checkpoint of another one is refused. Empty: not checked.
         samples_per_step: sequences of one optimiser step over all devices.
-        micro_batches: micro-batches of one optimiser step on one device.
         every_n_steps, seconds: write when either has passed since the last one; None switches it off.
         keep: checkpoints kept.
         schedule, throughput, stop: the run's other parts that this one works with.

@@ -1,0 +1,73 @@
+"""What lies in a run's folder, and how it gets there: configuration, weights, tokenizer.
+
+Files are written under another name and renamed, so that a reader finds the old one or the new one, never half of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from flowhn.errors import UserError
+
+RECORD_NAME = "record.json"
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+TRAINED_NAME = "trained.json"  # training is done, the evaluation is not
+
+
+def save_weights(model: Any, folder: Path) -> None:
+    """Write the network's weights as safetensors.
+
+    Raises:
+        UserError: the disk is full or not writable; nothing is left behind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    temporary = folder / f".{WEIGHTS_NAME}.tmp"
+    try:
+        save_file(weights, temporary, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{folder / WEIGHTS_NAME} cannot be written ({error}); free some space or set output_dir= elsewhere and run again"
+        ) from error
+    os.replace(temporary, folder / WEIGHTS_NAME)
+
+
+def copy_tokenizer(prepared: Any, folder: Path) -> None:
+    """Put the tokenizer of prepared data beside the weights; random tokens have none."""
+    source = prepared.tokenizer_file
+    if source is None:
+        return
+    if source.is_dir():
+        shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, folder / source.name)
+
+
+def tokenizer_hash(folder: Path) -> str | None:
+    """SHA-256 over the files of a run's tokenizer, None where it has none; another tokenizer would give other tokens."""
+    from flowhn.data.prepared import TOKENIZER_NAMES
+
+    place = next((folder / name for name in TOKENIZER_NAMES if (folder / name).exists()), None)
+    if place is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    os.replace(temporary, path)

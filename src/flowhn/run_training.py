@@ -1,0 +1,161 @@
+"""The training part of a run: network, batch plan, steps, and what is kept when it is done."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flowhn.config import build_model
+from flowhn.run_balance import balance_by_time
+from flowhn.run_folder import (
+    CONFIG_NAME,
+    TRAINED_NAME,
+    WEIGHTS_NAME,
+    copy_tokenizer,
+    save_weights,
+    tokenizer_hash,
+    write_json,
+)
+from flowhn.runs import Progress, Run, process_rank
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with what its record needs; ``fit`` holds FitResult's fields as plain values."""
+
+    model: Any
+    hardware: Any
+    fit: dict[str, Any]
+
+
+def train_run(run: Run, prepared: Any, on_progress: Callable[[Progress], None], say: Callable[[str], None]) -> Trained:
+    """Train, or load what an earlier call trained before it was stopped in the evaluation."""
+    from flowhn.loading import load_weights
+    from flowhn.training import resolve_hardware
+
+    config, folder = run.config, run.folder
+    hardware = resolve_hardware(config)
+    if config["trainer"]["deterministic"]:
+        import torch
+
+        torch.use_deterministic_algorithms(True)
+    balance_by_time(run, hardware, say)
+    model = build_model(config)
+    done = folder / TRAINED_NAME
+    if done.is_file() and (folder / WEIGHTS_NAME).is_file():
+        load_weights(model, folder / WEIGHTS_NAME)
+        return Trained(model.to(hardware.device).eval(), hardware, json.loads(done.read_text(encoding="utf-8")))
+    result = fit_run(run, model, prepared, hardware, on_progress, say)
+    fitted = {key: value for key, value in asdict(result).items() if key != "skipped"}
+    fitted["kernels"] = _kernels(model, hardware)
+    save_weights(model, folder)
+    copy_tokenizer(prepared, folder)
+    described = {"run_id": run.run_id, "name": run.name, "config": config}
+    write_json(folder / CONFIG_NAME, described | {"tokenizer_sha256": tokenizer_hash(folder)})
+    write_json(done, fitted)
+    return Trained(model.to(hardware.device).eval(), hardware, fitted)
+
+
+def fit_run(
+    run: Run,
+    model: Any,
+    prepared: Any,
+    hardware: Any,
+    on_progress: Callable[[Progress], None],
+    say: Callable[[str], None],
+) -> Any:
+    from flowhn.data import TokenDataModule
+    from flowhn.training import LitLM, batch_plan, fit, validation_steps
+
+    config = run.config
+    micro, accumulate = batch_plan(
+        global_batch_tokens=config["global_batch_tokens"],
+        seq_len=config["seq_len"],
+        micro_batch_size=config["micro_batch_size"],
+        n_devices=hardware.n_devices,
+    )
+    steps = total_steps(config, prepared)
+    kernels = _kernels(model, hardware)
+    taken = ", ".join(f"{kind} by {kernel}" for kind, kernel in kernels.items() if kernel)
+    say(f"{run.name}: {hardware.device}, {hardware.precision}, {taken}")
+    data = TokenDataModule(
+        prepared=prepared,
+        batch_size=micro,
+        val_batch_size=micro,
+        seed=config["seed"],
+        n_train_samples=steps * (config["global_batch_tokens"] // config["seq_len"]),
+        val_rows=config["val_rows"],
+    )
+    lit = LitLM(
+        net=model,
+        optimizer=config["optimizer"],
+        schedule={**config["schedule"], "total_steps": steps},
+        compile=hardware.compile,
+        labels_per_row=_labels_per_row(config, prepared),
+    )
+    return fit(
+        lit,
+        data,
+        hardware=hardware,
+        trainer_cfg=config["trainer"],
+        total_steps=steps,
+        tokens_per_step=real_tokens_per_step(config, prepared),
+        samples_per_step=config["global_batch_tokens"] // config["seq_len"],
+        seq_len=config["seq_len"],
+        run_dir=run.folder,
+        run_id=run.run_id,
+        accumulate=accumulate,
+        val_steps=validation_steps(steps, config["val_points"]),
+        clip_grad_norm=config["clip_grad_norm"],
+        loggers=[] if process_rank() else _loggers(run),
+        on_progress=lambda step, total, speed, loss: on_progress(Progress("train", step, total, speed, loss)),
+        say=say,
+    )
+
+
+def _labels_per_row(config: Mapping[str, Any], prepared: Any) -> float | None:
+    """Mean labels of a row that count, where rows have padding that does not; None where every label counts."""
+    ignores = config["data"].get("packing") == "pad" and not config["data"].get("loss_on_padding", True)
+    return max(1.0, prepared.tokens_per_row - 1) if ignores else None
+
+
+def total_steps(config: Mapping[str, Any], prepared: Any) -> int:
+    """Optimiser steps of a run: the token budget over the tokens of a step, rounded up.
+
+    With ``data.packing=pad`` only real tokens count toward the budget (published code), so a step counts for the mean
+    number of real tokens in its rows.
+    """
+    return max(1, math.ceil(config["tokens"] / real_tokens_per_step(config, prepared)))
+
+
+def real_tokens_per_step(config: Mapping[str, Any], prepared: Any) -> int:
+    """Tokens of an optimiser step that are not padding, on average over the data; all of them when rows are packed."""
+    rows = config["global_batch_tokens"] // config["seq_len"]
+    return max(1, round(rows * min(prepared.tokens_per_row, config["seq_len"])))
+
+
+def _kernels(model: Any, hardware: Any) -> dict[str, str | None]:
+    from flowhn.models.kernels import kernels_used
+
+    return kernels_used(model, hardware.device.type)
+
+
+def _loggers(run: Run) -> list[Any]:
+    from hydra.utils import instantiate
+
+    made = []
+    for name, spec in run.config["logger"].items():
+        options = {"save_dir": str(run.folder)}
+        if name == "wandb":
+            options |= {
+                "name": run.name,
+                "id": run.run_id,
+                "offline": not os.environ.get("WANDB_API_KEY"),
+                "config": run.config,
+            }
+        made.append(instantiate(spec, _convert_="all")(**options))
+    return made

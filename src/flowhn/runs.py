@@ -1,0 +1,84 @@
+"""What a run is: a configuration with the folder and the id that follow from it. Imports neither torch nor lightning.
+
+A run lives in ``<output_dir>/runs/<name>-<run id>/``; the run id is a hash of everything that decides its result, so the
+same configuration always meets its own folder again: a finished run is not repeated, a stopped one goes on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from flowhn.config import build_model, identity, to_dict
+from flowhn.errors import UserError
+from flowhn.reporting.record import RunRecord, config_hash, read_record
+from flowhn.run_folder import RECORD_NAME
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a display shows of a run: phase (``data``, ``train``, ``eval``), position, speed in tokens/s and loss."""
+
+    phase: str
+    done: float = 0
+    total: float = 0
+    tokens_per_second: float | None = None
+    loss: float | None = None
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A configuration together with the folder and the id that follow from it."""
+
+    config: dict[str, Any]
+    run_id: str
+    name: str
+    folder: Path
+
+    @property
+    def record_path(self) -> Path:
+        return self.folder / RECORD_NAME
+
+    def record(self) -> RunRecord | None:
+        """The finished run's record, or None. A broken record is an error, never silently repeated or overwritten."""
+        if not self.record_path.is_file():
+            return None
+        record = read_record(self.record_path)
+        if record.run_id != self.run_id:
+            raise UserError(f"{self.record_path} belongs to another run ({record.run_id}); move it away or use --force")
+        return record
+
+
+def process_rank() -> int:
+    """Number of this process among those of one run: 0 for the first or only one. Set by torchrun, Slurm or Lightning."""
+    return next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
+
+
+def cell_name(config: Mapping[str, Any]) -> str:
+    """The run's name in tables: the model, with its split strategy for FlowHN (``flowhn_fac``)."""
+    if config.get("cell"):
+        return str(config["cell"])
+    choices = config["choices"]
+    return f"{choices['model']}_{choices['split']}" if choices["model"] == "flowhn" else choices["model"]
+
+
+def plan(cfg: DictConfig) -> Run:
+    """Name a composed configuration: its id, its folder. Imports neither torch nor lightning."""
+    config = to_dict(cfg)
+    run_id = config_hash(identity(config))
+    name = f"{cell_name(config)}-{config['choices']['size']}-{config['budget']}-s{config['seed']}"
+    return Run(config, run_id, name, Path(config["output_dir"]) / "runs" / f"{name}-{run_id}")
+
+
+def count_parameters(config: Mapping[str, Any]) -> int:
+    """Parameters of a configuration's model, counted on the meta device (nothing is allocated)."""
+    import torch
+
+    with torch.device("meta"):
+        return build_model(config).num_parameters()
