@@ -2,7 +2,15 @@
 
 from flowhn.models.blocks import ParallelBlock, SequentialBlock, SwiGLU
 from flowhn.models.convert import from_transformers
-from flowhn.models.fusions import ConcatProj
+from flowhn.models.fusions import (
+    ConcatProj,
+    CrossFusion,
+    GatedFusion,
+    MeanFusion,
+    NoFusion,
+    NormMeanFusion,
+    SumFusion,
+)
 from flowhn.models.hymba import HymbaBlock
 from flowhn.models.kernels import kernels_used, resolve_attention, resolve_ssm
 from flowhn.models.lm import CausalLM
@@ -25,18 +33,24 @@ __all__ = [
     "BranchCost",
     "CausalLM",
     "ConcatProj",
+    "CrossFusion",
     "FlopAwareCirculatingSplit",
     "FlopAwareSplit",
+    "GatedFusion",
     "GatedRMSNorm",
     "HymbaBlock",
     "Mamba1",
     "Mamba2",
+    "MeanFusion",
+    "NoFusion",
     "NoSplit",
+    "NormMeanFusion",
     "ParallelBlock",
     "PublishedModeDSplit",
     "RMSNorm",
     "SequentialBlock",
     "Split",
+    "SumFusion",
     "SwiGLU",
     "TokenSplit",
     "from_transformers",

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from flowhn.errors import UserError
 from flowhn.models.cache import BlockCache, KVCache, SSMState
 from flowhn.models.norms import RMSNorm
 from flowhn.models.splits.base import BranchCost, Split, TokenSplit
@@ -173,8 +174,13 @@ class ParallelBlock(nn.Module):
             window: freezes the routing of a proportional split (one whose own window is null) at this length.
 
         Raises:
-            UserError: the split is proportional and there is no ``window``.
+            UserError: the split is proportional and there is no ``window``; the fusion needs sums over earlier tokens.
         """
+        if getattr(self.fusion, "looks_back", False):
+            raise UserError(
+                "fusion=cross cannot be decoded with a cache, which keeps no sums over earlier tokens; use --no-cache "
+                "(transformers: use_cache=False)"
+            )
         self.split.period(window)
         return BlockCache(self.attention.new_cache(), self.ssm.new_cache(), window=window)
 
