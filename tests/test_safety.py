@@ -104,3 +104,88 @@ def test_records_hold_nothing_from_the_environment(monkeypatch):
     text = json.dumps(environment()) + json.dumps(config)
     assert secret not in text
     assert not re.search(r"(?i)api_key|secret|password", text)
+
+
+def test_names_in_data_files_stay_names(tmp_path):
+    """Ids and paths inside a corpus decide no file's place: nothing appears outside of the cache."""
+    from flowhn.data import prepare
+
+    inside, cache = tmp_path / "in", tmp_path / "a" / "b" / "cache"
+    inside.mkdir()
+    text = "some words stand here and make a line of text\n" * 40
+    names = ("../../owned", "/tmp/flowhn-owned", "..\\owned", "a/../../../owned")
+    rows = [{"id": name, "path": name, "text": f"{name} {n}\n{text}"} for n, name in enumerate(names * 4)]
+    (inside / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    spec = {"name": "files", "path": str(inside), "val_fraction": 0.2, "tokenizer": "train"}
+    prepared = prepare(spec, vocab_size=300, seq_len=16, cache_dir=cache)
+    outside = [path for path in tmp_path.rglob("*") if path.is_file() and not path.is_relative_to(cache)]
+    assert outside == [inside / "corpus.jsonl"]
+    assert not Path("/tmp/flowhn-owned").exists()
+    assert prepared.dir.is_relative_to(cache)
+
+
+@pytest.mark.parametrize("cell", ["../../owned", "/tmp/owned", "a/b", "..", "a\\..\\b", "."])
+def test_a_name_cannot_lead_out_of_the_output_folder(cell):
+    with pytest.raises(UserError, match="cell"):
+        compose("train", [f"cell='{cell}'"])
+
+
+def test_an_experiments_folder_name_is_made_of_checked_words():
+    """What a run's folder is named after is checked or hashed: no part of a config can hold a path separator."""
+    from flowhn.runs import plan
+
+    run = plan(compose("train", ["cell=mine", "output_dir=out"]))
+    assert run.folder.parent == Path("out/runs")
+    assert "/" not in run.name
+    with pytest.raises(UserError, match="budget"):
+        compose("train", ["budget=../../1"])
+
+
+def test_secrets_reach_no_file_of_a_run_and_no_log(tmp_path, monkeypatch, capfd):
+    """A whole tiny run, and one that fails, with secrets in the environment: none of them is anywhere afterwards."""
+    from flowhn.cli import run_entry
+    from flowhn.train import _main
+
+    secret = "hf_abcdefghijklmnop0123456789"
+    for key in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, secret)
+    argv = ["model=llama", "size=tiny", "budget=512", "data=random", "data.n_rows=16", "data.n_val_rows=4", "eval=none"]
+    argv += ["trainer=cpu", "logger=csv", f"output_dir={tmp_path / 'out'}", f"cache_dir={tmp_path / 'cache'}"]
+    for more, code in (([], 0), (["data=files", f"data.path={tmp_path / 'none'}"], 2)):
+        words = {word.partition("=")[0]: word for word in argv}
+        if more:
+            words = {key: word for key, word in words.items() if not key.startswith("data.")}
+            words |= {word.partition("=")[0]: word for word in more}
+        with pytest.raises(SystemExit) as ended:
+            run_entry(_main, list(words.values()))
+        assert ended.value.code == code
+    said = "".join(capfd.readouterr())
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert secret not in said
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+
+
+def test_flipped_weights_are_refused_where_their_hash_is_known(run):
+    from flowhn.run_folder import file_sha256
+
+    content = json.loads((run / CONFIG_NAME).read_text())
+    content["weights_sha256"] = file_sha256(run / WEIGHTS_NAME)
+    (run / CONFIG_NAME).write_text(json.dumps(content))
+    flowhn.load(run)
+    data = bytearray((run / WEIGHTS_NAME).read_bytes())
+    data[-100] ^= 1
+    (run / WEIGHTS_NAME).write_bytes(bytes(data))
+    with pytest.raises(UserError, match="not the bytes that training wrote"):
+        flowhn.load(run)
+
+
+def test_weights_that_are_no_numbers_are_refused(run):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(run / WEIGHTS_NAME)
+    name = sorted(weights)[0]
+    for bad in (weights[name] * torch.nan, weights[name].to(torch.int64)):
+        save_file({**weights, name: bad}, run / WEIGHTS_NAME)
+        with pytest.raises(UserError, match=name):
+            flowhn.load(run)

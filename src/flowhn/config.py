@@ -35,6 +35,8 @@ IDENTITY_KEYS = (
 )  # fmt: skip
 
 
+_LONGEST_TEXT = 400  # characters of Hydra's own message
+_LONGEST_SHOWN = 200  # characters of a user's text that a message repeats
 _MAY_BE_NULL = ("experiment", "launcher", "sweep")
 
 
@@ -111,7 +113,8 @@ def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
         OmegaConf.resolve(cfg)
     except UserError:
         raise
-    except (HydraException, OmegaConfBaseException, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (HydraException, OmegaConfBaseException, KeyError, ValueError, AttributeError, TypeError,
+            RecursionError) as error:  # fmt: skip
         raise _explain(error, root, overrides) from error
     if root == "train":
         check_values(OmegaConf.to_container(cfg))
@@ -122,10 +125,13 @@ def _check_overrides(overrides: list[str]) -> None:
     known = groups()
     parser = OverridesParser.create()
     for override in overrides:
+        shown = override if len(override) <= _LONGEST_SHOWN else f"{override[:_LONGEST_SHOWN]}..."
+        if "\0" in override:
+            raise UserError(f"the override {shown!r} holds a NUL character; leave it out")
         try:
             parser.parse_override(override)
-        except HydraException as error:
-            raise UserError(f"the override {override!r} cannot be read; write key=value, for example seed=1") from error
+        except (HydraException, RecursionError, ValueError) as error:
+            raise UserError(f"the override {shown!r} cannot be read; write key=value, for example seed=1") from error
         key, _, value = override.partition("=")
         group = key.lstrip("+~").split("@")[0]
         if group in known and value == "null" and group not in _MAY_BE_NULL:
@@ -147,13 +153,27 @@ def _explain(error: Exception, root: str, overrides: list[str]) -> UserError:
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
         if f"'{key}'" in str(error) or f"'{key.split('.')[-1]}'" in str(error):
-            return UserError(f"unknown key {key}; {nearest(key, _valid_keys(root))} (put + before it to add a new key)")
-    return UserError(f"the configuration cannot be composed: {text}")
+            return _unknown(key, root, overrides)
+    return UserError(f"the configuration cannot be composed: {text[:_LONGEST_TEXT]}")
 
 
-def _valid_keys(root: str) -> list[str]:
+def _unknown(key: str, root: str, overrides: list[str]) -> UserError:
+    """A key that is nowhere, or one that the chosen options have not: ``data.packing`` with ``data=random``."""
+    valid = _valid_keys(root, overrides)
+    group, dot, _ = key.partition(".")
+    if dot and group in groups() and key in _valid_keys(root, []):
+        chosen = next((word.partition("=")[2] for word in overrides if word.startswith(f"{group}=")), "this choice")
+        own = ", ".join(name for name in valid if name.startswith(f"{group}."))
+        return UserError(f"{key} does not exist with {group}={chosen}, which has {own}; leave it out")
+    return UserError(f"unknown key {key}; {nearest(key, valid)} (put + before it to add a new key)")
+
+
+def _valid_keys(root: str, overrides: list[str]) -> list[str]:
+    """Keys of a root config under the groups that are chosen, and the groups themselves."""
+    known = groups()
+    chosen = [word for word in overrides if word.partition("=")[0] in known]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        cfg = hydra_compose(root)
+        cfg = hydra_compose(root, overrides=chosen)
 
     def walk(node: Any, prefix: str) -> list[str]:
         found = []
@@ -219,7 +239,7 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
 
     tree = config["model"]
     try:
-        return instantiate(tree, _convert_="all")
+        model = instantiate(tree, _convert_="all")
     except InstantiationException as error:
         cause: BaseException | None = error
         innermost: BaseException = error
@@ -234,3 +254,6 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
         where = ".".join(part for part in ("model", key) if part)
         reason = (str(innermost).strip().splitlines() or [type(innermost).__name__])[0]
         raise UserError(f"the model cannot be built: {where} has a value that does not fit ({reason})") from error
+    if not callable(getattr(model, "num_parameters", None)):
+        raise UserError("the model cannot be built: model._target_ has to be flowhn.models.CausalLM or a class like it")
+    return model

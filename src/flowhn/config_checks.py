@@ -75,6 +75,7 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(("kernels", "attention", "device", "precision"), _TEXT),
     "compile": _either("auto", _TRUTH),
     "debug": _TRUTH,
+    "deterministic": _TRUTH,
     "cell": _or_null(_NAME),
     "artefact": _or_null(_NAME),
     **dict.fromkeys(("cache_dir", "output_dir"), _FOLDER),
@@ -112,7 +113,8 @@ def check_values(config: Mapping[str, Any], prefix: str = "") -> None:
         for key in CHECKS:
             if key.isidentifier() and key not in config:
                 raise UserError(f"{key} was removed, and a run needs it; set it to a value instead")
-    for name, value in config.items():
+    # Single values first: where a group takes one over, the sentence names the key that the user wrote.
+    for name, value in sorted(config.items(), key=lambda item: isinstance(item[1], Mapping)):
         key = f"{prefix}{name}"
         check = next((check for pattern, check in CHECKS.items() if fnmatch(key, pattern)), None)
         if check is not None and not check[0](value):

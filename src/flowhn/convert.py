@@ -62,6 +62,7 @@ def convert_published(weights: Path, config: Path, out: Path) -> None:
         UserError: a file that is missing, damaged or not what it should be; weights that do not fit the config; ``out``
             holds something already.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from flowhn.models.convert.published import PublishedConfig
@@ -74,8 +75,12 @@ def convert_published(weights: Path, config: Path, out: Path) -> None:
     own = _matched(read_state_dict(weights), published, run_config, weights)
     out.mkdir(parents=True, exist_ok=True)
     temporary = out / f".{WEIGHTS_NAME}.tmp"
-    save_file(own, temporary, metadata={"format": "pt"})
-    os.replace(temporary, out / WEIGHTS_NAME)
+    try:
+        save_file(own, temporary, metadata={"format": "pt"})
+        os.replace(temporary, out / WEIGHTS_NAME)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"--out={out} cannot be written ({error}); free some space or give another folder") from error
     write_json(out / CONFIG_NAME, {"run_id": None, "name": out.name, "config": run_config})
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flowhn.cli import run_entry
+from flowhn.errors import UserError
 
 
 def main() -> None:
@@ -37,6 +38,10 @@ def _main(argv: Sequence[str]) -> int:
     from flowhn.training import resolve_hardware
 
     asked = to_dict(compose("train", args.overrides))
+    if not asked["eval"]["tasks"]:
+        raise UserError(
+            f"eval={asked['choices']['eval']} has no tasks, so there is nothing to evaluate; choose eval=docs"
+        )
     hardware = resolve_hardware(asked)
     loaded = load_run(args.run, device=hardware.device, trust=args.trust)
     config = {**loaded.config, "cache_dir": asked["cache_dir"]}

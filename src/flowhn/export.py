@@ -58,6 +58,8 @@ def export_run(run: Path, out: Path) -> None:
     Raises:
         UserError: the run cannot be loaded, its model is built of classes from outside flowhn, or ``out`` holds something.
     """
+    from safetensors import SafetensorError
+
     from flowhn.loading import load_run
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -67,14 +69,18 @@ def export_run(run: Path, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")  # a stopped export leaves no folder that looks whole
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    for name, (class_name, module) in _REMOTE_FILES.items():
-        text = f'from flowhn.hf.{module} import {class_name}\n\n__all__ = ["{class_name}"]\n'
-        (partial / name).write_text(text, encoding="utf-8")
-    _write_tokenizer(loaded, partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    try:
+        model.save_pretrained(partial)
+        for name, (class_name, module) in _REMOTE_FILES.items():
+            text = f'from flowhn.hf.{module} import {class_name}\n\n__all__ = ["{class_name}"]\n'
+            (partial / name).write_text(text, encoding="utf-8")
+        _write_tokenizer(loaded, partial)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(f"OUT_DIR={out} cannot be written ({error}); free some space or give another folder") from error
 
 
 def _hugging_face_model(loaded: LoadedRun) -> FlowHNForCausalLM:

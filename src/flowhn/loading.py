@@ -14,7 +14,9 @@ from flowhn.data.prepared import TOKENIZER_NAMES
 from flowhn.data.tokenization import TextTokenizer, open_tokenizer
 from flowhn.errors import UserError
 from flowhn.models import CausalLM
-from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, tokenizer_hash
+from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, file_sha256, tokenizer_hash
+
+_NEEDED = ("model", "vocab_size", "seq_len", "data", "eval", "choices")  # what loading, evaluation and export read
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: b
     try:
         content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         config, wanted = content["config"], content.get("tokenizer_sha256")
-    except (ValueError, KeyError, TypeError) as error:
+        lacks = next((key for key in _NEEDED if key not in config), None)
+        if lacks or not isinstance(config["model"], dict):
+            raise KeyError(lacks or "model")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG_NAME} is damaged; train the run again or restore the file") from error
     if not (folder / WEIGHTS_NAME).is_file():
         raise UserError(
@@ -54,7 +59,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: b
     if not trust:
         check_targets(config["model"])
     model = build_model(config)
-    load_weights(model, folder / WEIGHTS_NAME)
+    load_weights(model, folder / WEIGHTS_NAME, sha256=content.get("weights_sha256"))
     if wanted is not None and (found := tokenizer_hash(folder)) not in (None, wanted):
         raise UserError(
             f"the tokenizer in {folder} is not the one it was trained with ({found[:8]} instead of {wanted[:8]}); restore it"
@@ -63,19 +68,32 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: b
     return LoadedRun(folder, config, model.to(device).eval(), open_tokenizer(tokenizer) if tokenizer else None)
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
+def load_weights(model: torch.nn.Module, path: Path, *, sha256: str | None = None) -> None:
     """Put a safetensors file's weights into ``model``.
 
+    Args:
+        model: the network.
+        path: the file.
+        sha256: what its bytes must hash to; null where nothing is known.
+
     Raises:
-        UserError: the file is damaged, or is of another model (the first name or shape that differs is told).
+        UserError: the file is damaged, holds values that are no finite floating-point numbers, or is of another model (the
+            first name or shape that differs is told).
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         weights = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the weights {path} are damaged ({error}); train the run again or restore the file") from error
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the weights {path} are damaged ({reason}); train the run again or restore the file"
+        ) from error
+    if sha256 is not None and sha256 != file_sha256(path):
+        raise UserError(
+            f"the weights {path} are damaged (not the bytes that training wrote); train the run again or restore the file"
+        )
     own = model.state_dict()
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     if missing or unknown:
@@ -86,5 +104,10 @@ def load_weights(model: torch.nn.Module, path: Path) -> None:
             raise UserError(
                 f"the weights {path} are of another model ({name} is {tuple(tensor.shape)}, expected "
                 f"{tuple(own[name].shape)}); use the config of the run that made them"
+            )
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            what = "values that are not finite" if tensor.is_floating_point() else f"{tensor.dtype}, not floating point"
+            raise UserError(
+                f"the weights {path} cannot be used ({name} has {what}); train the run again or restore the file"
             )
     model.load_state_dict(weights)

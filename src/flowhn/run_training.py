@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flowhn.config import build_model
+from flowhn.errors import UserError
 from flowhn.run_balance import balance_by_time
 from flowhn.run_folder import (
     CONFIG_NAME,
@@ -39,17 +40,18 @@ def train_run(run: Run, prepared: Any, on_progress: Callable[[Progress], None], 
 
     config, folder = run.config, run.folder
     hardware = resolve_hardware(config)
-    if config["trainer"]["deterministic"]:
-        import torch
-
-        torch.use_deterministic_algorithms(True)
+    _set_determinism(config["trainer"]["deterministic"])
     balance_by_time(run, hardware, say)
     model = build_model(config)
     done = folder / TRAINED_NAME
     if done.is_file() and (folder / WEIGHTS_NAME).is_file():
         load_weights(model, folder / WEIGHTS_NAME)
         return Trained(model.to(hardware.device).eval(), hardware, json.loads(done.read_text(encoding="utf-8")))
-    result = fit_run(run, model, prepared, hardware, on_progress, say)
+    try:
+        result = fit_run(run, model, prepared, hardware, on_progress, say)
+    except RuntimeError as error:
+        _explain_determinism(error)
+        raise
     fitted = {key: value for key, value in asdict(result).items() if key != "skipped"}
     fitted["kernels"] = _kernels(model, hardware)
     save_weights(model, folder)
@@ -58,6 +60,32 @@ def train_run(run: Run, prepared: Any, on_progress: Callable[[Progress], None], 
     write_json(folder / CONFIG_NAME, described | {"tokenizer_sha256": tokenizer_hash(folder)})
     write_json(done, fitted)
     return Trained(model.to(hardware.device).eval(), hardware, fitted)
+
+
+def _set_determinism(wanted: bool) -> None:
+    """Before the first matrix product: cuBLAS reads its setting when it starts, and that is before Lightning's trainer.
+
+    Said for every run, so that one that did not ask does not inherit it from the run before in the same process.
+    """
+    import torch
+
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+
+
+def _explain_determinism(error: RuntimeError) -> None:
+    """torch's several lines on an operation that has no deterministic form on this device, as one sentence.
+
+    Raises:
+        UserError: it was that.
+    """
+    operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+    if found:
+        raise UserError(
+            f"deterministic=true is not possible here: {operation} has no deterministic implementation on this device; "
+            "choose other kernels= or another fusion=, use device=cpu, or set deterministic=false"
+        ) from error
 
 
 def fit_run(

@@ -19,6 +19,8 @@ from flowhn.errors import UserError
 from flowhn.reporting.record import RunRecord, config_hash, read_record
 from flowhn.run_folder import RECORD_NAME
 
+_LARGEST_SEED = 2**32 - 1  # numpy's generators take 32 bits
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -71,6 +73,8 @@ def cell_name(config: Mapping[str, Any]) -> str:
 def plan(cfg: DictConfig) -> Run:
     """Name a composed configuration: its id, its folder. Imports neither torch nor lightning."""
     config = to_dict(cfg)
+    if config["seed"] > _LARGEST_SEED:
+        raise UserError(f"seed={config['seed']} must be at most {_LARGEST_SEED}")
     run_id = config_hash(identity(config))
     name = f"{cell_name(config)}-{config['choices']['size']}-{config['budget']}-s{config['seed']}"
     return Run(config, run_id, name, Path(config["output_dir"]) / "runs" / f"{name}-{run_id}")

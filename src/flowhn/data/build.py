@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,27 @@ import numpy as np
 import pyarrow as pa
 
 from flowhn.data.corpora import Corpus
-from flowhn.data.packing import RowWriter, packed_rows, padded_row, token_dtype, unigram_cross_entropy
-from flowhn.data.prepared import HELDOUT_NAME, STATS_NAME, TOKENIZER_NAMES
+from flowhn.data.packing import RowWriter, packed_rows, padded_row, unigram_cross_entropy
+from flowhn.data.prepared import STATS_NAME, TOKENIZER_NAMES
+from flowhn.data.shards import (
+    PARTS,
+    PIECE_CHARS,
+    cut_pieces,
+    iter_tokens,
+    publish,
+    read_pieces,
+    sample_pieces,
+    tokenise,
+    write_pieces,
+)
 from flowhn.data.tokenization import TextTokenizer, import_tokenizer, open_tokenizer, train_bpe
 from flowhn.errors import UserError
 
-PARTS = ("train", "val")
-PIECE_CHARS = 65_536  # a book is tokenised in pieces of this size, so that memory stays bounded
-BATCH_PIECES = 64
+__all__ = ["PIECE_CHARS", "build_random", "build_text", "cut_pieces"]
+
+WORK = "work"  # the sub-folder of intermediate files
 TRAINING_CHARS = 100_000_000  # BPE statistics need no more text than this; an even sample is taken of larger corpora
 CHARS_PER_PROCESS = 20_000_000  # below this a second process costs more than it saves
-_PIECES = pa.schema([("text", pa.large_string()), ("last", pa.bool_())])
 
 
 def build_random(folder: Path, spec: Mapping[str, Any], *, vocab_size: int, seq_len: int) -> None:
@@ -56,7 +66,7 @@ def build_text(
     seq_len: int,
     report: Callable[[str], None],
 ) -> None:
-    """Tokenise a corpus into ``folder``.
+    """Tokenise a corpus into ``folder``; goes on where a killed build in the same folder was.
 
     Raises:
         UserError: documents that cannot be read, a tokeniser larger than the vocabulary, too little text for one row.
@@ -65,21 +75,19 @@ def build_text(
     if source != "train":  # first, because reading a large corpus may take hours
         import_tokenizer(source, folder)
         _open_tokenizer(folder, vocab_size)
-    report("reading documents")
-    read = _write_pieces(corpus, folder)
-    for part in PARTS:
-        if not read[part]["documents"]:
-            raise UserError(f"data.path gives no {part} document; change data.val_fraction or data.val_path")
-    if source == "train":
+    read = _read_documents(folder, corpus, report)
+    if source == "train" and not (folder / "tokenizer.json").is_file():
         report("training the tokenizer")
-        _train_tokenizer(folder, vocab_size, read["train"]["chars"])
+        _train_tokenizer(folder, vocab_size, read["train"])
     tokenizer = _open_tokenizer(folder, vocab_size)
     packing = str(spec.get("packing") or "pack")
     digest = hashlib.sha256()
     writers = {}
     for part in PARTS:
         report(f"tokenising the {part} part, {read[part]['chars']:,} characters")
-        tokens = _tokenise(folder, part, tokenizer, spec, read[part]["chars"], vocab_size)
+        _tokenise(folder, part, read[part], spec.get("num_proc"), vocab_size)
+        report(f"writing the rows of the {part} part")
+        tokens = iter_tokens(folder / WORK, part, read[part]["shards"])
         writer = _row_writer(folder, part, digest, seq_len=seq_len, vocab_size=vocab_size, padded=packing == "pad")
         total = _write_rows(writer, tokens, seq_len=seq_len, pad_id=tokenizer.pad_id, packing=packing)
         if not writer.n_rows:
@@ -102,62 +110,36 @@ def build_text(
     _finish(folder, writers, stats)
 
 
-def _write_pieces(corpus: Corpus, folder: Path) -> dict[str, dict[str, int]]:
-    """Stream documents to disk in pieces; held-out ones also to ``heldout.jsonl``. Returns documents and characters."""
-    read = {part: {"documents": 0, "chars": 0} for part in PARTS}
-    pieces: dict[str, list[tuple[str, bool]]] = {part: [] for part in PARTS}
-    with contextlib.ExitStack() as stack:
-        streams = {}
-        for part in PARTS:
-            file = stack.enter_context(pa.OSFile(str(folder / f"{part}.pieces"), "wb"))
-            streams[part] = stack.enter_context(pa.ipc.new_stream(file, _PIECES))
-        heldout = stack.enter_context((folder / HELDOUT_NAME).open("w", encoding="utf-8", newline="\n"))
-
-        def flush(part: str) -> None:
-            texts, last = zip(*pieces[part], strict=True)
-            streams[part].write_batch(pa.record_batch([pa.array(texts, pa.large_string()), list(last)], schema=_PIECES))
-            pieces[part].clear()
-
-        for document in corpus.documents():
-            part = "val" if document.held_out else "train"
-            read[part]["documents"] += 1
-            read[part]["chars"] += len(document.text)
-            if document.held_out:
-                heldout.write(json.dumps({"id": document.id, "text": document.text}) + "\n")
-            for piece in cut_pieces(document.text):
-                pieces[part].append(piece)
-                if len(pieces[part]) == BATCH_PIECES:
-                    flush(part)
-        for part in PARTS:
-            if pieces[part]:
-                flush(part)
+def _read_documents(folder: Path, corpus: Corpus, report: Callable[[str], None]) -> dict[str, dict[str, int]]:
+    work = folder / WORK
+    read = read_pieces(work)
+    if read is None:
+        report("reading documents")
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        read = write_pieces(corpus, folder, work)
+    else:
+        report("going on with the documents that a stopped preparation has read")
+    for part in PARTS:
+        if not read[part]["documents"]:
+            raise UserError(f"data.path gives no {part} document; change data.val_fraction or data.val_path")
     return read
 
 
-def cut_pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Pieces of at most ``PIECE_CHARS`` characters that end at a line end or a blank where there is one, and whether
-    each is the document's last."""
-    start = 0
-    while len(text) - start > PIECE_CHARS:
-        stop = start + PIECE_CHARS
-        # The blank belongs to the word after it, as byte-level BPE has it.
-        cut = max(text.rfind("\n", start + 1, stop) + 1, 0) or text.rfind(" ", start + 1, stop)
-        cut = cut if cut > start else stop
-        yield text[start:cut], False
-        start = cut
-    yield text[start:], True
+def _train_tokenizer(folder: Path, vocab_size: int, read: Mapping[str, int]) -> None:
+    stride = -(-read["chars"] // TRAINING_CHARS)
+    texts = sample_pieces(folder / WORK, "train", read["shards"], stride)
+    temporary = folder / WORK / "tokenizer.json"
+    train_bpe(texts, vocab_size=vocab_size).save(str(temporary))
+    publish(temporary, folder / "tokenizer.json")
 
 
-def _train_tokenizer(folder: Path, vocab_size: int, chars: int) -> None:
-    stride = -(-chars // TRAINING_CHARS)
-    pieces = _dataset(folder / "train.pieces")
-    texts = (pieces[index]["text"] for index in range(0, len(pieces), stride))
-    train_bpe(texts, vocab_size=vocab_size).save(str(folder / "tokenizer.json"))
+def _tokenizer_path(folder: Path) -> Path:
+    return next(folder / name for name in TOKENIZER_NAMES if (folder / name).exists())
 
 
 def _open_tokenizer(folder: Path, vocab_size: int) -> TextTokenizer:
-    path = next(folder / name for name in TOKENIZER_NAMES if (folder / name).exists())
-    tokenizer = open_tokenizer(path)
+    tokenizer = open_tokenizer(_tokenizer_path(folder))
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"vocab_size={vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}; "
@@ -166,48 +148,20 @@ def _open_tokenizer(folder: Path, vocab_size: int) -> TextTokenizer:
     return tokenizer
 
 
-class _Encode:
-    """Maps pieces to token ids; an end-of-text token closes each document. Pickled to worker processes."""
-
-    def __init__(self, tokenizer: TextTokenizer, dtype: np.dtype) -> None:
-        self._tokenizer, self._dtype = tokenizer, dtype
-
-    def __call__(self, texts: list[str], last: list[bool]) -> dict[str, list[np.ndarray]]:
-        ends = [[self._tokenizer.eos_id] if is_last else [] for is_last in last]
-        encoded = self._tokenizer.encode_batch(texts)
-        return {"tokens": [np.array(ids + end, dtype=self._dtype) for ids, end in zip(encoded, ends, strict=True)]}
+def _tokenise(folder: Path, part: str, read: Mapping[str, int], num_proc: Any, vocab_size: int) -> None:
+    wanted = int(num_proc or min(os.cpu_count() or 1, 1 + read["chars"] // CHARS_PER_PROCESS))
+    path = _tokenizer_path(folder)
+    tokenise(folder / WORK, part, path, n_shards=read["shards"], vocab_size=vocab_size, num_proc=wanted)
 
 
-def _tokenise(folder: Path, part: str, tokenizer: TextTokenizer, spec: Mapping, chars: int, vocab_size: int) -> Any:
-    """The part's pieces with their tokens, as a memory-mapped ``datasets.Dataset``."""
-    from datasets import Features, Sequence, Value
-
-    pieces = _dataset(folder / f"{part}.pieces")
-    dtype = token_dtype(vocab_size)
-    wanted = spec.get("num_proc") or min(os.cpu_count() or 1, 1 + chars // CHARS_PER_PROCESS)
-    num_proc = min(int(wanted), len(pieces))
-    return pieces.map(
-        _Encode(tokenizer, dtype),
-        batched=True,
-        batch_size=BATCH_PIECES,
-        input_columns=["text", "last"],
-        remove_columns=["text"],
-        features=Features({"last": Value("bool"), "tokens": Sequence(Value(dtype.name))}),
-        writer_batch_size=BATCH_PIECES,
-        num_proc=num_proc if num_proc > 1 else None,
-        cache_file_name=str(folder / f"{part}.tokens"),
-        new_fingerprint=f"flowhn-{part}",
-    )
-
-
-def _write_rows(writer: RowWriter, tokens: Any, *, seq_len: int, pad_id: int, packing: str) -> int:
+def _write_rows(writer: RowWriter, tokens: Iterable[pa.RecordBatch], *, seq_len: int, pad_id: int, packing: str) -> int:
     """Write a part's rows; returns its number of tokens before cutting into rows."""
     total = 0
 
     def chunks() -> Iterator[np.ndarray]:
         nonlocal total
-        for table in tokens.with_format("arrow").iter(batch_size=BATCH_PIECES):
-            chunk = table["tokens"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        for batch in tokens:
+            chunk = batch.column(0).flatten().to_numpy(zero_copy_only=False)
             total += len(chunk)
             yield chunk.astype(np.int64)
 
@@ -216,17 +170,24 @@ def _write_rows(writer: RowWriter, tokens: Any, *, seq_len: int, pad_id: int, pa
             writer.write(rows)
     else:
         document: list[np.ndarray] = []
-        batch: list[tuple[np.ndarray, int]] = []
-        for piece in tokens.with_format("numpy"):
-            document.append(piece["tokens"])
-            if piece["last"]:
-                batch.append(padded_row(np.concatenate(document), seq_len, pad_id))
-                total += batch[-1][1]
+        rows: list[tuple[np.ndarray, int]] = []
+        for piece, is_last in _pieces(tokens):
+            document.append(piece)
+            if is_last:
+                rows.append(padded_row(np.concatenate(document), seq_len, pad_id))
+                total += rows[-1][1]
                 document = []
-            if len(batch) == 1024:
-                _write_padded(writer, batch)
-        _write_padded(writer, batch)
+            if len(rows) == 1024:
+                _write_padded(writer, rows)
+        _write_padded(writer, rows)
     return total
+
+
+def _pieces(tokens: Iterable[pa.RecordBatch]) -> Iterator[tuple[np.ndarray, bool]]:
+    for batch in tokens:
+        offsets = batch.column(0).offsets.to_numpy()
+        ids = np.split(batch.column(0).flatten().to_numpy(zero_copy_only=False), offsets[1:-1])
+        yield from zip(ids, batch.column(1).to_pylist(), strict=True)
 
 
 def _write_padded(writer: RowWriter, batch: list[tuple[np.ndarray, int]]) -> None:
@@ -249,11 +210,11 @@ def _finish(folder: Path, writers: Mapping[str, RowWriter], stats: dict[str, Any
     """Save the rows with ``datasets``, drop the intermediate files, write the statistics last."""
     for part, writer in writers.items():
         writer.close()
+        shutil.rmtree(folder / part, ignore_errors=True)  # a killed process may have left half of it
         _dataset(folder / f"{part}.rows").save_to_disk(str(folder / part))
         stats |= {f"n_{part}_rows": writer.n_rows, f"n_{part}_tokens": writer.n_tokens}
+        (folder / f"{part}.rows").unlink()
     stats["unigram_entropy_nats"] = unigram_cross_entropy(writers["train"].counts, writers["val"].counts)
     stats["sha256"] = writers["train"].digest.hexdigest()
-    for path in folder.iterdir():
-        if path.is_file() and path.name.split(".", 1)[0].split("_")[0] in PARTS:
-            path.unlink()
+    shutil.rmtree(folder / WORK, ignore_errors=True)
     (folder / STATS_NAME).write_text(json.dumps(stats, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from flowhn.data.tokenization import tokenizer_fingerprint
 from flowhn.errors import UserError
 
 CODE_VERSION = 3  # raise it whenever the same input would give other tokens
+_LARGEST = 2**31 - 1  # token ids and places are 32-bit numbers
 PACKINGS = ("pack", "pad")
 # These name places or ways of working; what they lead to is in the fingerprints.
 _NOT_IN_KEY = {"path", "val_path", "tokenizer", "num_proc", "loss_on_padding"}
@@ -67,8 +68,14 @@ def _check(spec: Mapping[str, Any], vocab_size: int, seq_len: int) -> None:
         raise UserError(f"seq_len={seq_len} must be at least 1")
     if vocab_size < 2:
         raise UserError(f"vocab_size={vocab_size} must be at least 2")
+    for key, value in (("vocab_size", vocab_size), ("seq_len", seq_len)):
+        if value > _LARGEST:
+            raise UserError(f"{key}={value} is too large; at most {_LARGEST}")
     if (spec.get("packing") or "pack") not in PACKINGS:
         raise UserError(f"data.packing={spec['packing']} does not exist; choose one of {', '.join(PACKINGS)}")
+    tokenizer = spec.get("tokenizer")
+    if tokenizer is not None and not isinstance(tokenizer, str):
+        raise UserError(f"data.tokenizer={tokenizer} must be train, a tokenizer.json, a folder or a hub name")
     num_proc = spec.get("num_proc")
     if num_proc is not None and (not isinstance(num_proc, int) or num_proc < 1):
         raise UserError(f"data.num_proc={num_proc} must be a positive number of processes, or null")
@@ -91,20 +98,30 @@ def _key(spec: Mapping[str, Any], fingerprint: Mapping[str, Any], vocab_size: in
 def _build(target: Path, corpus: Any, spec: Mapping[str, Any], *, vocab_size: int, seq_len: int, report: Any) -> None:
     from flowhn.data.build import build_random, build_text
 
+    # What a killed process left is gone on with; the lock says that nobody works on it.
     partial = target.with_name(f".building-{target.name}")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left; the lock says that nobody works on it
-    partial.mkdir()
+    partial.mkdir(exist_ok=True)
     try:
         with _quiet_datasets():
             if corpus is None:
+                _check_room(partial, spec, seq_len)
                 build_random(partial, spec, vocab_size=vocab_size, seq_len=seq_len)
             else:
                 build_text(partial, corpus, spec, vocab_size=vocab_size, seq_len=seq_len, report=report)
         shutil.rmtree(target, ignore_errors=True)  # a folder without statistics is not a cache
         os.replace(partial, target)
-    except BaseException:
+    except Exception:  # an interruption leaves what is done, for the next call
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _check_room(folder: Path, spec: Mapping[str, Any], seq_len: int) -> None:
+    rows = sum(count for key in ("n_rows", "n_val_rows") if isinstance(count := spec.get(key), int))
+    if 2 * rows * (seq_len + 1) > (free := shutil.disk_usage(folder).free):  # 2 bytes a token at least
+        raise UserError(
+            f"data.n_rows={spec['n_rows']} with data.n_val_rows={spec['n_val_rows']} needs more than the {free / 1e9:,.0f} GB "
+            "that are free under cache_dir; lower them or set cache_dir"
+        )
 
 
 @contextlib.contextmanager

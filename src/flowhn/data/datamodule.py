@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from datasets import Dataset
 from lightning import LightningDataModule
@@ -87,6 +88,12 @@ class TokenDataModule(LightningDataModule):
         for key, value in (("batch_size", batch_size), ("val_batch_size", val_batch_size), ("val_rows", val_rows)):
             if value is not None and value < 1:
                 raise UserError(f"{key}={value} must be at least 1")
+        row_bytes = 2 * 8 * int(prepared.stats.get("seq_len") or 1)  # ids and labels, 8 bytes each
+        if max(batch_size, val_batch_size) * row_bytes > psutil.virtual_memory().total:
+            raise UserError(
+                f"a batch of {max(batch_size, val_batch_size):,} rows (global_batch_tokens, micro_batch_size) does not fit "
+                "into this machine's memory; set a smaller micro_batch_size or global_batch_tokens"
+            )
         if num_workers < 0 or seed < 0:
             raise UserError(f"num_workers={num_workers} and seed={seed} must not be negative")
         self.prepared = prepared

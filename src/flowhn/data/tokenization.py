@@ -26,7 +26,7 @@ class TextTokenizer:
     """Encodes and decodes text; adds no special tokens of its own.
 
     Attributes:
-        vocab_size: number of tokens the tokeniser knows (a model's vocabulary may be larger).
+        vocab_size: one more than the tokeniser's largest id (a model's vocabulary may be larger).
         eos_id: the token that ends a document.
         pad_id: the token that fills padded rows.
     """
@@ -39,7 +39,8 @@ class TextTokenizer:
         self._backend = backend
         self.eos_id = eos_id
         self.pad_id = eos_id if pad_id is None else pad_id
-        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        # Not their number: ids may have gaps, and the largest has to fit into the model's vocabulary.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

@@ -42,6 +42,8 @@ class StopRequest:
     ) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, signal.SIG_DFL if handler is None else handler)
+        if kind is None and self.requested:  # it came after the last look
+            self.raise_for_caller()
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         again = signum == signal.SIGINT and self.signum == signal.SIGINT

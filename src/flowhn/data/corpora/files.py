@@ -118,6 +118,10 @@ def resolve_paths(value: str | Path | Sequence[str | Path], key: str) -> list[Pa
         else:
             raise UserError(f"{key}={item} does not exist; give a file, a folder or a glob")
     for path in found:
+        if ".parquet" in [suffix.lower() for suffix in path.suffixes] and not is_supported(path):
+            raise UserError(
+                f"{key}={path} is Parquet in a further compression; unpack it (Parquet is compressed inside)"
+            )
         if not is_supported(path):
             raise UserError(f"{key}={path} has an unknown type; readable are {', '.join(SUFFIXES)}")
         if not os.access(path, os.R_OK):

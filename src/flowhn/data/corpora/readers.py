@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -85,13 +86,27 @@ def _lines(path: Path, key: str) -> Iterator[str]:
         with _open(path) as stream:
             for number, line in enumerate(stream, start=1):
                 if b"\0" in line:
-                    raise UserError(f"{key}={path} is a binary file; give text, JSON lines or Parquet")
+                    raise _not_text(path, key, line if number == 1 else b"")
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 yield text.removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:
         raise UserError(f"{key}={path} is not UTF-8 (line {number}); convert it, for example with iconv") from error
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{key}={path} is damaged or cut short ({error}); fetch or pack it again") from error
+
+
+def _not_text(path: Path, key: str, beginning: bytes) -> UserError:
+    """What a file with NUL bytes is: UTF-32 or UTF-16, by its mark or its every other byte, or binary."""
+    marks = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16"}
+    marks[codecs.BOM_UTF16_BE] = "UTF-16"
+    found = next((name for mark, name in marks.items() if beginning.startswith(mark)), None)
+    head = beginning[:200]
+    if found is None and head:
+        is_half = [part.count(0) > 0.9 * len(part) and part is not head for part in (head[::2], head[1::2])]
+        found = "UTF-16" if any(is_half) and head.count(0) < 0.6 * len(head) else None
+    if found:
+        return UserError(f"{key}={path} is {found}, not UTF-8; convert it: iconv -f {found} -t UTF-8")
+    return UserError(f"{key}={path} is a binary file; give text, JSON lines or Parquet")
 
 
 def _text(path: Path, key: str, separator: str) -> Iterator[str]:
@@ -111,7 +126,7 @@ def _json_lines(path: Path, key: str, text_key: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{key}={path} line {number} is not JSON ({error}); mend or remove that line") from error
         if not isinstance(row, dict) or not isinstance(row.get(text_key), str):
             keys = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__

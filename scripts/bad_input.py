@@ -1,0 +1,73 @@
+"""Throw broken inputs at the commands, in numbers, and write what came of it.
+
+    scripts/bad_input.py --count 300 --seed 0 --out docs/reliability/bad_input.json
+
+Every input has to end in one clear sentence and exit code 2, or go on unharmed, within 20 s. Exit code 1 and a list of
+what did not; ``--only NUMBER`` throws one input of the campaign again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from bad_inputs_campaign import LIMIT_SECONDS, campaign, make_stage
+from flowhn.reporting.record import environment
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Throw broken inputs at the commands.")
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--seed", type=int, default=None, help="drawn, and printed, when it is not given")
+    parser.add_argument("--only", type=int, default=None, metavar="NUMBER", help="one input of the campaign")
+    parser.add_argument("--processes", type=int, default=10, help="so many of them as processes of their own")
+    parser.add_argument("--out", type=Path, default=None)
+    args = parser.parse_args()
+    seed = secrets.randbelow(10**6) if args.seed is None else args.seed
+    print(f"seed {seed}", flush=True)
+    numbers = range(args.count) if args.only is None else range(args.only, args.only + 1)
+    by_kind: dict[str, dict[str, int]] = {}
+    failures, as_processes, longest = [], 0, 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        stage = make_stage(Path(folder).resolve() / "stage")
+        processes = args.processes if args.only is None else 0
+        for number, bad, is_process, outcome in campaign(stage, seed=seed, numbers=numbers, processes=processes):
+            counts = by_kind.setdefault(bad.kind, {"tried": 0, "refused": 0, "unharmed": 0})
+            counts["tried"] += 1
+            as_processes += is_process
+            longest = max(longest, 0.0 if is_process else outcome.seconds)
+            if outcome.fault is None:
+                counts["refused" if outcome.code else "unharmed"] += 1
+            else:
+                failures.append({"kind": bad.kind, "input": f"{number}: {bad.what}", "what": outcome.fault})
+                print(f"{number} {bad.kind}: {bad.what}\n    {outcome.fault}\n", flush=True)
+            if args.only is not None:
+                print(f"{bad.command} {bad.argv}\n{outcome.code} {outcome.seconds:.1f} s\n{outcome.said}")
+    found = environment()
+    result = {
+        "inputs": len(numbers),
+        "seed": seed,
+        "by_kind": dict(sorted(by_kind.items())),
+        "as_processes": as_processes,
+        "limit_seconds": LIMIT_SECONDS,
+        "longest_seconds": round(longest, 2),
+        "failures": failures,
+        "commit": found["git"]["commit"],
+        "dirty": found["git"]["dirty"],
+        "versions": found["versions"],
+    }
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"{len(numbers)} inputs, {len(failures)} failures, longest {longest:.1f} s")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""scripts/long_run.py at a small size: kills in the preparation lose little and change nothing, memory and logs stay bounded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flowhn.data import prepare
+from flowhn.data.disk import disk_estimate
+from flowhn.errors import UserError
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+MIB = 2**20
+
+
+def _load(name: str):
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+data = _load("long_run_data")
+long_run = _load("long_run")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "ORPHAN_SECONDS", 0.1)
+    told, make = [], data.make_corpus
+
+    def make_and_ask(folder, *args, **options):
+        written = make(folder, *args, **options)
+        spec = {"name": "files", "path": str(folder), "val_fraction": 0.02}
+        told.append(disk_estimate(spec, vocab_size=600, seq_len=data.SEQ_LEN))
+        return written
+
+    monkeypatch.setattr(data, "make_corpus", make_and_ask)
+    result = data.data_preparation(tmp_path, n_bytes=2_000_000, n_files=3, seed=0, vocab_size=600)
+    assert result["same_rows"]
+    assert result["corpus_bytes"] == pytest.approx(2_000_000, rel=0.01)
+    assert result["below_2_gib"]
+    assert 50 * MIB < result["peak_rss_bytes"] < 600 * MIB
+    killed, whole = result["killed"], result["never_killed"]
+    at_peak, after = told[0]
+    assert whole["peak_disk_bytes"] < at_peak < 4 * whole["peak_disk_bytes"]
+    assert whole["cache_bytes"] < after < 4 * whole["cache_bytes"]
+    assert killed["sha256"] == whole["sha256"]
+    assert killed["tokens"] == whole["tokens"] > 200_000
+    assert whole["kills"] == []
+    by_stage = {kill["while"]: kill for kill in killed["kills"]}
+    assert list(by_stage) == ["reading", "tokenising", "rows"]
+    if by_stage["tokenising"]["killed"]:
+        assert by_stage["tokenising"]["token_shards_kept"] >= 1
+        assert by_stage["tokenising"]["token_shards_torn"] <= 1
+        assert by_stage["tokenising"]["next_began_with"].startswith("going on")
+    assert any(kill["killed"] for kill in killed["kills"])
+    assert not list(tmp_path.glob("cache-*"))
+    assert not (tmp_path / "corpus").exists()
+
+
+def _attempt(tmp_path: Path, corpus: Path, **changes):
+    spec = {
+        "name": "files",
+        "path": str(corpus),
+        "val_fraction": 0.02,
+        "tokenizer": "train",
+        "packing": "pack",
+    } | changes
+    given = {"spec": spec, "vocab_size": 400, "seq_len": 64, "cache": str(tmp_path / "cache"), "shard_chars": 100_000}
+    arguments = tmp_path / "arguments.json"
+    arguments.write_text(json.dumps(given), encoding="utf-8")
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    return data.Attempt(arguments, tmp_path / "cache")
+
+
+def test_a_killed_preparation_leaves_no_process_and_no_lock(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    data.make_corpus(tmp_path / "corpus", 3_000_000, n_files=1, seed=1)
+    attempt = _attempt(tmp_path, tmp_path / "corpus", num_proc=2)
+    assert attempt.wait(lambda _: data._count(tmp_path / "cache", "train-*.tokens") >= 2)
+    children = psutil.Process(attempt.process.pid).children(recursive=True)
+    assert len(children) >= 2
+    attempt.process.kill()
+    attempt.end()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert not alive
+    begun = time.monotonic()
+    again = _attempt(tmp_path, tmp_path / "corpus", num_proc=2)
+    again.wait()
+    again.end()
+    assert again.process.returncode == 0
+    assert not any("waiting" in line for _, line in again.stages)
+    assert again.stages[0][1].startswith("going on")
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the other processes must inherit the fault")
+def test_a_killed_tokenising_process_is_named(tmp_path, monkeypatch):
+    from flowhn.data import shards
+
+    def die(*args):
+        psutil.Process().kill()
+
+    monkeypatch.setattr(shards, "_tokenise_shard", die)
+    tokenizer = tmp_path / "tokenizer.json"
+    shards_work = tmp_path / "work"
+    shards_work.mkdir()
+    from flowhn.data.tokenization import train_bpe
+
+    train_bpe(iter(["some words"]), vocab_size=260).save(str(tokenizer))
+    with pytest.raises(UserError, match=r"data\.num_proc"):
+        shards.tokenise(shards_work, "train", tokenizer, n_shards=4, vocab_size=260, num_proc=2)
+
+
+def test_random_data_say_their_size_exactly(tmp_path):
+    spec = {"name": "random", "n_rows": 2000, "n_val_rows": 100, "seed": 0}
+    prepared = prepare(spec, vocab_size=300, seq_len=64, cache_dir=tmp_path)
+    _, after = disk_estimate(spec, vocab_size=300, seq_len=64)
+    assert after <= data.disk_bytes(prepared.dir) < 1.05 * after
+
+
+def test_sampled_pieces_are_every_so_many(tmp_path):
+    from flowhn.data import shards
+
+    writer = shards._PieceWriter(tmp_path, "train")
+    for number in range(300):
+        writer.add(f"document {number}")
+        if number % 70 == 69:
+            writer.close()
+    writer.close()
+    assert writer.counts["shards"] == 5
+    for stride in (1, 3, 64, 301):
+        sample = list(shards.sample_pieces(tmp_path, "train", 5, stride))
+        assert sample == [f"document {number}" for number in range(0, 300, stride)]
+
+
+def test_training_and_its_logs_stay_bounded(tmp_path):
+    memory, logs = long_run.training(tmp_path, steps=300)
+    assert memory["steps"] == logs["steps"] == 300
+    assert memory["last_bytes"] - memory["first_bytes"] < 20 * MIB
+    assert memory["first_bytes"] > 100 * MIB
+    assert 100 < logs["metrics_csv_lines"] <= 600  # at most 500 points and the validations
+    assert logs["written_at_most_bytes"] >= logs["run_folder_bytes"] > logs["files_bytes"]["model.safetensors"]
+    assert logs["dry_run_disk_while_running_bytes"] > logs["dry_run_disk_after_bytes"] > 4 * memory["parameters"] * 0.9
+
+
+def test_slope_of_a_leak_is_found():
+    leak = [(x / 100, 1000 * MIB + int(5 * MIB * x / 10)) for x in range(100)]
+    found = long_run.slope(leak, 10)
+    assert found["slope_bytes"] == pytest.approx(5 * MIB, rel=0.01)
+    flat = [(x / 100, 1000 * MIB + 4096 * (x % 3)) for x in range(100)]
+    found = long_run.slope(flat, 10)
+    assert abs(found["slope_bytes"]) < 1000
+    with pytest.raises(RuntimeError, match="too few"):
+        long_run.slope(flat[:10], 10)
+
+
+def test_evaluation_memory_is_flat():
+    found = long_run.evaluation(rounds=30)
+    assert found["batches"] > 200
+    assert found["highest_bytes"] - found["first_bytes"] < 20 * MIB
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_two_gigabytes_and_ten_thousand_steps(tmp_path):
+    out = tmp_path / "long_run.json"
+    subprocess.run([sys.executable, SCRIPTS / "long_run.py", "--out", out, "--work", tmp_path], check=True)
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["data_preparation"]["below_2_gib"]
+    assert result["data_preparation"]["same_rows"]
+    assert result["training"]["slope_bytes"] * 10 < 10 * MIB
+    assert result["evaluation"]["highest_bytes"] - result["evaluation"]["first_bytes"] < 20 * MIB
+    assert result["logs"]["metrics_csv_lines"] < 1100
