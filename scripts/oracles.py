@@ -30,8 +30,8 @@ FOLDER = ROOT / "experiments" / "faithful"
 BEGIN = "<!-- faithful begins: written by scripts/oracles.py from experiments/faithful -->"
 END = "<!-- faithful ends -->"
 SUITES = (
-    "test_oracle_transformers.py", "test_oracle_published.py", "test_oracle_hymba.py", "test_oracle_recurrence.py",
-    "test_oracle_bfloat16.py", "test_oracle_lm_eval.py", "test_generation.py", "test_export.py", "test_evaluation_hflm.py",
+    "test_scan.py", "test_oracle_published.py", "test_oracle_hymba.py", "test_oracle_bfloat16.py", "test_generation.py",
+    "test_evaluation_hflm.py", "test_oracle_transformers.py", "test_export.py",
 )  # fmt: skip
 
 

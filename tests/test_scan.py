@@ -22,12 +22,22 @@ def value_and_grads(function, inputs, dtype, weights):
     return [y.detach(), *torch.autograd.grad((y * weights.to(dtype)).sum(), leaves)]
 
 
-def assert_same(ours, reference, rtol):
+def errors(ours, reference):
     """Largest error against the largest value: gradients that sum over tokens have small entries by cancellation."""
-    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
-        assert a.shape == b.shape
-        error = (a.double() - b).abs().max() / b.abs().max().clamp_min(1e-6)
-        assert error < rtol, f"output {i} is off by {error:.2e}"
+    assert [a.shape for a in ours] == [b.shape for b in reference]
+    pairs = zip(ours, reference, strict=True)
+    return [float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-6)) for a, b in pairs]
+
+
+def assert_same(ours, reference, rtol):
+    assert max(errors(ours, reference)) < rtol, errors(ours, reference)
+
+
+def compare_both(compare, subject, dtype, ours, reference, rtol):
+    output, *gradients = errors(ours, reference)
+    name, oracle = f"{subject}, {str(dtype)[6:]}", "recurrence in float64"
+    compare(name, oracle, "output, relative", output, rtol)
+    compare(name, oracle, "gradients, relative", max(gradients), rtol)
 
 
 def torch_scan(*inputs):
@@ -36,11 +46,12 @@ def torch_scan(*inputs):
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("n_tokens", LENGTHS)
-def test_scan_matches_recurrence(n_tokens, dtype, rtol):
+def test_scan_matches_recurrence(n_tokens, dtype, rtol, compare):
     inputs = scan_inputs(n_tokens)
     weights = torch.randn(2, n_tokens, 6, dtype=torch.float64)
     reference = value_and_grads(reference_scan, inputs, torch.float64, weights)
-    assert_same(value_and_grads(torch_scan, inputs, dtype, weights), reference, rtol)
+    ours = value_and_grads(torch_scan, inputs, dtype, weights)
+    compare_both(compare, "Mamba-1 scan on plain torch", dtype, ours, reference, rtol)
 
 
 @settings(max_examples=25, deadline=None)
@@ -115,15 +126,16 @@ def test_scan_is_float32_under_autocast():
 
 @pytest.mark.parametrize("chunk_size", [1, 16, 64, 512])
 @pytest.mark.parametrize("n_tokens", LENGTHS)
-def test_ssd_matches_recurrence(n_tokens, chunk_size):
+def test_ssd_matches_recurrence(n_tokens, chunk_size, compare):
     inputs = ssd_inputs(n_tokens)
     weights = torch.randn(2, n_tokens, 4, 3, dtype=torch.float64)
     reference = value_and_grads(reference_ssd, inputs, torch.float64, weights)
     ours = lambda *args: ssd_scan(*args, chunk_size=chunk_size)  # noqa: E731
     # Decays inside a chunk are differences of a running sum, which loses digits as the chunk grows.
     rtol = 5e-5 if chunk_size <= 64 else 2e-4
-    assert_same(value_and_grads(ours, inputs, torch.float32, weights), reference, rtol)
-    assert_same(value_and_grads(ours, inputs, torch.float64, weights), reference, 1e-11)
+    for dtype, limit in ((torch.float32, rtol), (torch.float64, 1e-11)):
+        name = "Mamba-2 SSD on plain torch" + (", chunks above 64" if chunk_size > 64 else "")
+        compare_both(compare, name, dtype, value_and_grads(ours, inputs, dtype, weights), reference, limit)
 
 
 def test_ssd_long_steps_do_not_overflow():
