@@ -3,7 +3,9 @@
 
     python scripts/oracles.py run                   CPU oracles: runs their tests, writes experiments/faithful/oracles.json
     python scripts/oracles.py gather SEEN FILE      a record of what tests wrote with FLOWHN_SEEN=SEEN (on a GPU machine)
-    python scripts/oracles.py readme                writes the tables of README.md's section "How faithful"
+    python scripts/oracles.py cost                  what a decoded token costs at 135m: experiments/faithful/decode_cost.md
+    python scripts/oracles.py readme                from these: experiments/faithful/table.md and the tables of README.md
+    python scripts/oracles.py check                 only tell whether table.md and README.md are what the records give
 
 ``run`` takes the published code's cases from FLOWHN_PUBLISHED_CASES. COMMIT=... names the code where there is no .git.
 """
@@ -27,8 +29,22 @@ from flowhn.reporting.record import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "experiments" / "faithful"
-BEGIN = "<!-- faithful begins: written by scripts/oracles.py from experiments/faithful -->"
-END = "<!-- faithful ends -->"
+COST = "decode_cost.md"
+BEGIN = "<!-- {} begins: written by scripts/oracles.py from experiments/faithful -->"
+END = "<!-- {} ends -->"
+# Model -> the first words of its subjects and of its oracle in the record, and what the README says of that oracle.
+MODELS = {
+    "llama": ("llama", "transformers LlamaForCausalLM, random", "transformers' `LlamaForCausalLM`"),
+    "mamba1": ("mamba1", "transformers MambaForCausalLM, random", "transformers' `MambaForCausalLM`"),
+    "mamba2": ("mamba2", "transformers Mamba2ForCausalLM, random", "transformers' `Mamba2ForCausalLM`"),
+    "jamba": ("jamba", "transformers JambaForCausalLM, random", "transformers' `JambaForCausalLM`, dense"),
+    "shm": ("shm", "transformers JambaForCausalLM of", "transformers' `JambaForCausalLM` with period 2"),
+    "hymba": ("hymba", "explicit loops", "loops over tokens, heads and states"),
+    "flowhn_no": ("FlowHN No_Split", "the published", "the published code, mode A"),
+    "flowhn_ae": ("FlowHN AE_Split", "the published", "its computation restated, mode B"),
+    "flowhn_fa": ("FlowHN FA_Split", "the published", "the published code, mode C"),
+    "flowhn_fac": ("FlowHN published mode D", "the published", "its computation restated, mode D"),
+}
 SUITES = (
     "test_scan.py", "test_oracle_published.py", "test_oracle_hymba.py", "test_oracle_bfloat16.py", "test_generation.py",
     "test_evaluation_hflm.py", "test_oracle_transformers.py", "test_export.py",
@@ -103,6 +119,119 @@ def run() -> int:
     return code
 
 
+def cost() -> int:
+    from flowhn.generate import cost_table
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / COST).write_text(cost_table(None, size="135m", window=None))
+    return 0
+
+
+def number(value: float | None) -> str:
+    return "not finite" if value is None else "0" if value == 0 else f"{value:.1e}".replace("e-0", "e-")
+
+
+def largest(record: dict[str, Any], subject: str, oracle: str, quantity: str) -> float | None:
+    """Of all groups whose names begin with these words; -1 where there is none, None where one was not finite."""
+    names = {"subject": subject, "oracle": oracle, "quantity": quantity}
+    found = [c["largest"] for c in record["checks"] if all(c[key].startswith(word) for key, word in names.items())]
+    return None if None in found else max(found, default=-1.0)
+
+
+def models_table(record: dict[str, Any]) -> list[str]:
+    lines = [
+        "| model | compared with | logits | gradients | cached decoding | exported | accuracies, `hf` backend | bf16, of Llama's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for cell, (subject, oracle, words) in MODELS.items():
+        cells = [largest(record, subject, oracle, "logits"), largest(record, subject, oracle, "gradients")]
+        cells.append(largest(record, cell, "its own forward pass", "logits of cached"))
+        cells.append(largest(record, cell, "its export", "logits"))
+        cells.append(largest(record, cell, "lm-eval's hf backend", "accuracies"))
+        share = largest(record, cell, "Llama's own difference", "logits")
+        shown = ["" if value == -1 else number(value) for value in cells]
+        lines.append(f"| `{cell}` | {words} | {' | '.join(shown)} | {share:.2f} |")
+    return lines
+
+
+def summary(record: dict[str, Any]) -> str:
+    outcomes, device = record["tests"]["outcomes"], record["device"]
+    told = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
+    versions = record["versions"]
+    packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
+    return f"{device['name']}, {packages}, commit `{(record['git']['commit'] or 'unknown')[:7]}`; tests: {told}"
+
+
+def kernels_table(record: dict[str, Any]) -> list[str]:
+    """Subject and oracle on one line, its quantities side by side."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for check in record["checks"]:
+        rows.setdefault((check["subject"], check["oracle"]), []).append(check)
+    lines = ["| what | compared with | largest difference (allowed) | cases |", "|---|---|---|---|"]
+    for (subject, oracle), checks in rows.items():
+        told = ", ".join(
+            f"{c['quantity']} {'**' if not c['passed'] else ''}{number(c['largest'])}{'**' if not c['passed'] else ''}"
+            f" ({number(c['limit'])})" for c in checks
+        )  # fmt: skip
+        lines.append(f"| {subject} | {oracle} | {told} | {max(c['cases'] for c in checks)} |")
+    return lines
+
+
+def faithful_block() -> list[str]:
+    record = json.loads((FOLDER / "oracles.json").read_text())
+    lines = [*models_table(record), "", f"Made by `python scripts/oracles.py run` on {summary(record)}."]
+    if (FOLDER / "gpu.json").is_file():
+        gpu = json.loads((FOLDER / "gpu.json").read_text())
+        failed = [check for check in gpu["checks"] if not check["passed"]]
+        lines += [
+            "",
+            f"Kernels against plain paths on {summary(gpu)}; {len(gpu['checks'])} comparisons, {len(failed)} beyond their limit:",
+            "",
+        ]
+        kept = [
+            check
+            for check in gpu["checks"]
+            if "eager" not in check["subject"] and "other tiles" not in check["subject"]
+        ]
+        lines += kernels_table({"checks": kept})
+    return lines
+
+
+def decode_block() -> list[str]:
+    lines = (FOLDER / COST).read_text().splitlines()
+    wanted = ("| model", "|---", "| llama ", "| shm ", "| flowhn_no ", "| flowhn_fac ")
+    return [lines[0], "", *(line for line in lines if line.startswith(wanted))]
+
+
+def outputs() -> dict[Path, str]:
+    """Path -> what it should hold."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, block in (("faithful", faithful_block()), ("decoding", decode_block())):
+        head, rest = text.split(BEGIN.format(name))
+        _, tail = rest.split(END.format(name))
+        text = f"{head}{BEGIN.format(name)}\n" + "\n".join(block) + f"\n{END.format(name)}{tail}"
+    table = ["# Every comparison: what with what, and the largest difference seen", ""]
+    table += ["Written by `python scripts/oracles.py readme` from the records beside it."]
+    for name in ("oracles.json", "gpu.json"):
+        if (FOLDER / name).is_file():
+            record = json.loads((FOLDER / name).read_text())
+            table += ["", f"## {name}: {summary(record)}", "", *kernels_table(record)]
+            rest = [f"- {t['outcome']}: `{t['test']}`: {t['reason']}" for t in record["tests"]["not_passed"]]
+            table += ["", "Not passed:", "", *rest] if rest else []
+    return {ROOT / "README.md": text, FOLDER / "table.md": "\n".join(table) + "\n"}
+
+
+def readme(*, check: bool) -> int:
+    stale = [path for path, text in outputs().items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
+    if check:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what the records give; run python scripts/oracles.py readme")
+        return int(bool(stale))
+    for path, text in outputs().items():
+        path.write_text(text, encoding="utf-8")
+    return 0
+
+
 def main(words: list[str]) -> int:
     match words:
         case ["run"]:
@@ -110,8 +239,10 @@ def main(words: list[str]) -> int:
         case ["gather", folder, file]:
             write(gather(Path(folder), "scripts/device_session.sh tests"), Path(file))
             return 0
-        case ["readme"]:
-            raise SystemExit("not yet")
+        case ["cost"]:
+            return cost()
+        case ["readme"] | ["check"]:
+            return readme(check=words == ["check"])
     print(__doc__, file=sys.stderr)
     return 2
 
