@@ -111,11 +111,12 @@ def write(record: dict[str, Any], path: Path) -> None:
 
 def run() -> int:
     """Every oracle test, the slow ones too; the record is written whatever fails."""
-    tests = [f"tests/{name}" for name in SUITES]
+    tests, before = [f"tests/{name}" for name in SUITES], environment()
     with tempfile.TemporaryDirectory() as folder:
         words = [sys.executable, "-m", "pytest", "-q", "-m", "not gpu", *tests]
         code = subprocess.run(words, cwd=ROOT, env={**os.environ, "FLOWHN_SEEN": folder}).returncode
-        write(gather(Path(folder), "python scripts/oracles.py run"), FOLDER / "oracles.json")
+        record = {**gather(Path(folder), "python scripts/oracles.py run"), **before}
+        write(record, FOLDER / "oracles.json")
     return code
 
 
@@ -159,7 +160,8 @@ def summary(record: dict[str, Any]) -> str:
     told = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
     versions = record["versions"]
     packages = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
-    return f"{device['name']}, {packages}, commit `{(record['git']['commit'] or 'unknown')[:7]}`; tests: {told}"
+    commit = (record["git"]["commit"] or "unknown")[:7] + ("` with changes" if record["git"]["dirty"] else "`")
+    return f"{device['name']}, {packages}, commit `{commit}; tests: {told}"
 
 
 def kernels_table(record: dict[str, Any]) -> list[str]:

@@ -51,7 +51,9 @@ def test_every_model_was_compared_in_every_way():
             "lm-eval's hf backend on the exported folder, batch size 1", "Llama's own difference (tiny, CPU)",
         ):  # fmt: skip
             assert (cell, oracle) in seen
-    assert sum(oracle == "the published code's own logits" for _, oracle in seen) == 3  # modes A and C, and our restatement
+    assert (
+        sum(oracle == "the published code's own logits" for _, oracle in seen) == 3
+    )  # modes A and C, and our restatement
 
 
 def test_the_oracles_are_pinned_at_the_versions_of_the_record():

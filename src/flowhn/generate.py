@@ -90,7 +90,10 @@ def generated_text(args: argparse.Namespace) -> Iterator[str]:
     device = _device(args.device)
     run = load_run(args.run, device=device, trust=args.trust)
     if run.tokenizer is None:
-        raise UserError(f"{args.run} was trained on random tokens and has no tokenizer; choose a run of a text corpus")
+        raise UserError(
+            f"{args.run} has no tokenizer (trained on random tokens, or converted weights); put its tokenizer.json there, or "
+            "choose a run of a text corpus"
+        )
     window = None if args.no_cache else routing_window(run, args.window)
     ids = run.tokenizer.encode(args.prompt) or [run.tokenizer.eos_id]
     tokens = generate_tokens(
