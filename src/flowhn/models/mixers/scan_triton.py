@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ def _across(ends: Tensor, total: Tensor, A2: Tensor, n_segments: int, *, backwar
     decay = torch.exp2(total.unflatten(0, (-1, n_segments)).unsqueeze(2) * A2)
     order = range(n_segments - 1, -1, -1) if backwards else range(n_segments)
     coming = torch.zeros_like(ends)
-    for segment, following in zip(order, order[1:], strict=False):
+    for segment, following in pairwise(order):
         torch.addcmul(ends[:, segment], decay[:, segment], coming[:, segment], out=coming[:, following])
     return coming.flatten(0, 1)
 
