@@ -64,8 +64,11 @@ def settings(folder: Path) -> list[Path]:
     return [path.parent for path in sorted(Path(folder).glob("*/records")) if any(path.glob("*.json"))]
 
 
-def write_ablation(name: str, folder: Path, *, title: str) -> list[Path]:
-    """Write ``table.md``, ``table.csv`` and ``figure.png`` of one setting from ``folder/records``; returns the paths.
+def write_ablation(name: str, folder: Path, *, title: str, command: str) -> list[Path]:
+    """Write ``table.md``, ``table.csv``, ``figure.png`` and ``command.txt`` of one setting from ``folder/records``.
+
+    Returns:
+        The paths.
 
     Raises:
         UserError: the folder has no records, or they cannot make one table.
@@ -73,6 +76,7 @@ def write_ablation(name: str, folder: Path, *, title: str) -> list[Path]:
     ablation = ABLATIONS[name]
     frame = ablation.table(folder)
     written = list(write_table(tables.readable(frame), folder, title=title, notes=tables.notes(frame), full=frame))
+    (folder / COMMAND).write_text(f"{command}\n", encoding="utf-8")
     figure = folder / FIGURE
     try:
         ablation.figure(frame, figure)

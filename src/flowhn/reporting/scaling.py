@@ -27,7 +27,9 @@ SIZE_LIMITS = (
     "Counted figures hold on any device; a speed holds for the device, kernels and software that its record names, and rows of "
     "different devices must not be compared with each other."
 )
-LENGTH_LIMITS = "Random tokens and a constant number of tokens in a step: this measures cost, not what a model learns from a longer context."
+LENGTH_LIMITS = (
+    "Random tokens and a constant number of tokens in a step: cost is measured, not what a longer context teaches."
+)
 _WIDTH, _DPI = 7.0, 200
 _HEADS: dict[str, tuple[str, str]] = {
     "model": ("model", "{}"),
