@@ -54,7 +54,7 @@ def test_the_readmes_split_and_fusion_train_and_load(folder, tmp_path_factory):
         load_run(path.parent)
     model = load_run(path.parent, trust=True).model
     assert type(model.layers[0].split).__name__ == "Stripes"
-    assert float(model.layers[0].fusion.scale) != 1.0  # it was trained
+    assert model.layers[0].fusion.scale.item() != 1.0  # it was trained
     ids = torch.randint(2048, (1, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.allclose(model(ids)[:, :40], model(torch.cat([ids[:, :40], ids[:, :24]], 1))[:, :40], atol=1e-5)

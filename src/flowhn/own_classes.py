@@ -1,8 +1,8 @@
 """A split or a fusion of one's own from any folder: ``split=my_module.MySplit``, ``fusion=my_module.MyFusion``.
 
-Hydra finds a group's option as a file. This adds a source of options (``own://`` in ``configs/train.yaml``) that answers for names
-with a dot: the option is the class. The folder that the command runs in counts as well as ``PYTHONPATH``. A run's id covers the
-text of such a module, because a finished run is never repeated.
+Hydra finds a group's option as a file. This adds a source of options (``own://`` in ``configs/train.yaml``) that answers for
+names with a dot: the option is the class. The folder that the command runs in counts as well as ``PYTHONPATH``. A run's id
+covers the text of such a module, because a finished run is never repeated.
 """
 
 from __future__ import annotations
