@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 _TRAINED_LENGTH = 1024  # tokens a row, in the published training scripts (paper.md)
 _WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which a checkpoint often holds its weights
-_PREFIXES = ("_orig_mod.", "module.")  # put in front of every name by torch.compile and by DistributedDataParallel
+# Put into names by torch.compile, DistributedDataParallel, FSDP and activation checkpointing, at any depth.
+_WRAPPED = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def main() -> None:
@@ -181,21 +182,30 @@ def _read_pickle(path: Path) -> Any:
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     import torch
 
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    while isinstance(content, Mapping) and (keys := [k for k in _WRAPPERS if isinstance(content.get(k), Mapping)]):
+        content = content[keys[0]]
     fits = isinstance(content, Mapping) and content
     if not fits or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
         raise UserError(
             f"{path} holds no state dict (names and tensors); save it with torch.save(model.state_dict(), 'weights.pth')"
         )
-    tensors = dict(content)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    tensors = _unwrapped(content)
     odd = [name for name, t in tensors.items() if not t.is_floating_point() or t.layout != torch.strided]
     if odd:
         raise UserError(f"{path} holds {odd[0]} as {tensors[odd[0]].dtype}; save plain floating-point weights")
     return tensors
+
+
+def _unwrapped(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers put into the names, and without the one prefix of all (``model.`` of a Lightning module)."""
+    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPED) for name in content}
+    if len(set(names.values())) < len(names):
+        return dict(content)  # two names became one: nothing was a wrapper
+    prefixes = {name.removesuffix("lm_head.weight") for name in names.values() if name.endswith("lm_head.weight")}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    if not all(name.startswith(prefix) for name in names.values()):
+        prefix = ""
+    return {short.removeprefix(prefix): content[name] for name, short in names.items()}
 
 
 def _matched(
