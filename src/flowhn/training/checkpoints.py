@@ -114,16 +114,44 @@ def _content_fault(path: Path) -> str | None:
         return "it does not hold plain tensors and numbers"
 
 
-def latest_valid_checkpoint(folder: Path) -> CheckpointSearch:
-    """Find the newest checkpoint of a folder whose hash fits and that can be gone on from; the folder may be missing."""
+def latest_valid_checkpoint(folder: Path, *, content: bool = False) -> CheckpointSearch:
+    """Find the newest checkpoint of a folder whose hash fits.
+
+    Args:
+        folder: may be missing.
+        content: it also has to hold plain tensors and what a run goes on from; it is opened for that.
+    """
     skipped = []
     for path in _steps(folder).values():
         manifest, reason = _fault(path)
-        reason = reason or _content_fault(path)
+        if content and reason is None:
+            reason = _content_fault(path)
         if reason is None:
             return CheckpointSearch(path, manifest, skipped)
         skipped.append((path, reason))
     return CheckpointSearch(None, {}, skipped)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The whole weights in a checkpoint, a file or a folder, after checking its hashes; optimiser states are not read.
+
+    Raises:
+        UserError: missing, torn, or holding anything but tensors and plain containers.
+    """
+    if path.is_dir():
+        _refuse_torn(path)
+        from flowhn.training.sharded_checkpoint import read_weights as read_sharded
+
+        return read_sharded(path)
+    return AtomicCheckpointIO().load_checkpoint(path)["state_dict"]
+
+
+def _refuse_torn(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"the checkpoint {path} does not exist")
+    _, reason = _fault(path)
+    if reason is not None:
+        raise UserError(f"the checkpoint {path} cannot be used: {reason}; delete it to go on from the one before")
 
 
 def prune(folder: Path, *, newest: int, keep: int) -> None:
@@ -249,11 +277,7 @@ class AtomicCheckpointIO(CheckpointIO):
             UserError: missing, torn, or holding anything but tensors and plain containers.
         """
         path = Path(path)
-        if not path.exists():
-            raise UserError(f"the checkpoint {path} does not exist")
-        _, reason = _fault(path)
-        if reason is not None:
-            raise UserError(f"the checkpoint {path} cannot be used: {reason}; delete it to go on from the one before")
+        _refuse_torn(path)
         if path.is_dir():
             from flowhn.training.sharded_checkpoint import read_plain
 
@@ -262,8 +286,8 @@ class AtomicCheckpointIO(CheckpointIO):
             content = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
             raise UserError(f"the checkpoint {path} does not hold plain tensors and numbers; delete it") from error
-        if lack := _lack(content):
-            raise UserError(f"the checkpoint {path} cannot be used: {lack}; move it away")
+        if not isinstance(content, dict):
+            raise UserError(f"the checkpoint {path} cannot be used: {_lack(content)}; move it away")
         return content
 
     def remove_checkpoint(self, path: str | Path) -> None:

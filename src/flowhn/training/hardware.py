@@ -55,6 +55,8 @@ def resolve_hardware(config: Mapping[str, Any]) -> Hardware:
         precision = "bf16-mixed" if kind == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
     if precision not in _PRECISIONS:
         raise UserError(f"precision={precision} is not known; use auto or one of {', '.join(_PRECISIONS)}")
+    if precision == "16-mixed" and trainer.get("strategy") == "fsdp":
+        raise UserError("precision=16-mixed is not possible with trainer=fsdp; use bf16-mixed, 32-true or trainer=ddp")
     num_nodes = _positive("trainer.num_nodes", trainer.get("num_nodes", 1))
     check_launch(count * num_nodes, num_nodes)
     compiles = config.get("compile", "auto")

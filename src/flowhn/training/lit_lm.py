@@ -55,14 +55,16 @@ class LitLM(LightningModule):
         self._loss = token_loss
         self._compiled = False
         self._sharded = False
+        self._marks: dict[str, dict[str, Any]] = {}  # of a sharded network's parameters
 
     def configure_model(self) -> None:
         """Compile the blocks, then shard them (trainer=fsdp), once. Lightning calls this before each fit and validation."""
         if self.compiles and not self._compiled:
             self._compile()
         if self._device_mesh is not None and not self._sharded:  # set by Lightning's ModelParallelStrategy
-            from flowhn.training.sharded import shard
+            from flowhn.training.sharded import parameter_marks, shard
 
+            self._marks = parameter_marks(self.net)
             shard(self.net, self._device_mesh["data_parallel"])
             self._sharded = True
 
@@ -119,6 +121,10 @@ class LitLM(LightningModule):
         return float(self.val_sum.compute() / self.val_tokens.compute())
 
     def configure_optimizers(self) -> dict[str, Any]:
+        if self._sharded:
+            from flowhn.training.sharded import mark_parameters
+
+            mark_parameters(self.net, self._marks)
         optimizer = build_optimizer(self.net, self.optimizer_config)
         scheduler = build_schedule(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch import seed_everything as lightning_seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import DoublePrecision
 
 from flowhn.errors import UserError
 from flowhn.training.checkpoints import AtomicCheckpointIO, latest_valid_checkpoint
@@ -111,7 +112,7 @@ def fit(
     samples_per_step = samples_per_step or tokens_per_step // seq_len
     run_dir.mkdir(parents=True, exist_ok=True)
     folder = run_dir / CHECKPOINTS
-    search = latest_valid_checkpoint(folder)
+    search = latest_valid_checkpoint(folder, content=True)
     for path, reason in search.skipped:
         say(f"skipped the checkpoint {path}: {reason}")
     if search.path is not None:
@@ -214,20 +215,23 @@ def _run(
 def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Callback], **options: Any) -> Trainer:
     num_nodes = cfg.get("num_nodes", 1)
     bar = [RichProgressBar()] if cfg.get("progress_bar") else []
+    strategy = cfg.get("strategy", "auto")
+    # Lightning refuses this precision by name for sharded networks, and takes it as a plugin.
+    double = [DoublePrecision()] if (strategy, hardware.precision) == ("fsdp", "64-true") else []
     return Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.n_devices // num_nodes,
         num_nodes=num_nodes,
         strategy=build_strategy(
-            cfg.get("strategy", "auto"), n_devices=hardware.n_devices, timeout_minutes=cfg.get("timeout_minutes", 10)
+            strategy, n_devices=hardware.n_devices, timeout_minutes=cfg.get("timeout_minutes", 10)
         ),
-        precision=hardware.precision,
+        precision=None if double else hardware.precision,
         deterministic=cfg.get("deterministic", False),
         max_epochs=-1,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         callbacks=[*bar, *callbacks],
-        plugins=[AtomicCheckpointIO(), *cluster_plugins(hardware.n_devices)],
+        plugins=[AtomicCheckpointIO(), *double, *cluster_plugins(hardware.n_devices)],
         enable_progress_bar=bool(bar),
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from flowhn.errors import UserError
 from flowhn.training.checkpoints import AtomicCheckpointIO, space_error
 from flowhn.training.distributed import configure_launcher
-from flowhn.training.sharded_checkpoint import load_into, moments, read_plain, save_sharded
+from flowhn.training.sharded_checkpoint import load_into, moments, save_sharded
 
 _MARKS = ("_no_weight_decay", "_no_reinit")  # what mixers write on their parameters
 
@@ -36,20 +36,28 @@ def shard(net: nn.Module, mesh: Any) -> None:
     Raises:
         UserError: this torch cannot shard over CPU processes.
     """
-    marks = {name: {key: vars(p)[key] for key in _MARKS if key in vars(p)} for name, p in net.named_parameters()}
     for block in net.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
     register_fsdp_forward_method(net, "body")
-    for name, parameter in net.named_parameters():  # new objects, without the attributes of the old ones
-        for key, value in marks[name].items():
-            setattr(parameter, key, value)
     if mesh.device_type == "cpu":  # gloo adds up but does not average
         for module in net.modules():
             if isinstance(module, FSDPModule):
                 if not hasattr(module, "set_force_sum_reduction_for_comms"):
                     raise UserError("trainer=fsdp on the CPU needs torch 2.9 or newer; use trainer=ddp, or a GPU")
                 module.set_force_sum_reduction_for_comms(True)
+
+
+def parameter_marks(net: nn.Module) -> dict[str, dict[str, Any]]:
+    """What mixers wrote on their parameters, by name: sharding, and moving what is sharded, makes new ones without it."""
+    return {name: {key: vars(p)[key] for key in _MARKS if key in vars(p)} for name, p in net.named_parameters()}
+
+
+def mark_parameters(net: nn.Module, marks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write it on them again; before the optimiser is built, which decays by it."""
+    for name, parameter in net.named_parameters():
+        for key, value in marks[name].items():
+            setattr(parameter, key, value)
 
 
 def reshard(module: nn.Module) -> None:
@@ -144,5 +152,3 @@ def _fill(target: Tensor, whole: Tensor) -> None:
         whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)
 
-
-__all__ = ["ShardedStrategy", "full_weights", "read_plain", "reshard", "shard"]
