@@ -324,6 +324,18 @@ def test_a_checkpoint_with_a_right_hash_and_foreign_content_is_skipped(tmp_path,
     assert points(again) == points(whole[0])
 
 
+def test_a_run_in_double_precision_goes_on_in_double_precision(tmp_path):
+    double = {"hardware": Hardware(torch.device("cpu"), 1, "64-true", False)}
+    unbroken, weights, _ = run(tmp_path / "unbroken", **double)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", callbacks=(KillAt("train", 11),), **double)
+    again, others, _ = run(tmp_path / "killed", **double)
+    assert again.resumed == 1
+    assert points(again) == points(unbroken)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert weights["net.lm_head.weight"].dtype == torch.float64
+
+
 def test_full_disk_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):
     io = AtomicCheckpointIO()
     io.save_checkpoint({"flowhn": {"step": 1}}, checkpoint_path(tmp_path, 1))

@@ -117,6 +117,8 @@ def fit(
         say(f"skipped the checkpoint {path}: {reason}")
     if search.path is not None:
         say(f"going on from {search.path}")
+    if hardware.precision == "64-true":
+        lit.double()  # Lightning does it after it has read a checkpoint, whose weights would be rounded
     stop = StopRequest()
     throughput = _throughput(
         trainer_cfg.get("throughput") or {}, total_steps, tokens_per_step, 3 * lit.net.flops(seq_len) * samples_per_step
