@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -21,6 +23,12 @@ from flowhn.models.norms import RMSNorm
 from flowhn.models.splits.base import BranchCost, Ranges, Split, TokenSplit, gather
 
 Carry = tuple[Tensor, Tensor] | None
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for the second branch of all blocks."""
+    return torch.cuda.Stream(device)
 
 
 class SwiGLU(nn.Module):
@@ -163,6 +171,8 @@ class ParallelBlock(nn.Module):
         fusion: builds the fusion; called with ``d_model`` and ``full`` (both branches see all tokens).
         layer_idx: index of this block from 0 (the split may depend on it); n_layers: number of blocks.
         norm_eps: added to the mean square in the norms.
+        overlap: on CUDA, run the branches on two streams, so that the scan, which waits for memory, may run beside the
+            products of the attention branch (and so backwards); each branch is then compiled on its own.
     """
 
     def __init__(
@@ -177,10 +187,13 @@ class ParallelBlock(nn.Module):
         layer_idx: int = 0,
         n_layers: int = 1,
         norm_eps: float = 1e-6,
+        overlap: bool = False,
     ) -> None:
         super().__init__()
         layer = {"d_model": d_model, "d_ff": d_ff, "layer_idx": layer_idx, "n_layers": n_layers, "norm_eps": norm_eps}
-        self.layer_idx = layer_idx
+        if not isinstance(overlap, bool):
+            raise UserError(f"overlap={overlap} must be true or false")
+        self.layer_idx, self.overlap = layer_idx, overlap
         self.attention = SequentialBlock(mixer=attention, **layer)
         self.ssm = SequentialBlock(mixer=ssm, **layer)
         self.split = split
@@ -210,13 +223,42 @@ class ParallelBlock(nn.Module):
     def forward(self, x: Tensor, carry: Carry = None) -> tuple[Tensor, Carry]:
         """(B, T, D) -> (B, T, D), carry as it came."""
         split = self.token_split(x.shape[1])
-        if self.all_keys:
-            y_attn, _ = self.attention(x, queries=split.attn)  # (B, n_attn, D)
-        else:
-            y_attn, _ = self.attention(split.gather_attn(x), positions=split.positions_attn(x.device))  # (B, n_attn, D)
+        if self.overlap and x.is_cuda:
+            return self._join(x, *self._side_by_side(x, split), split), carry
+        y_attn = self._attend(x, split)
         y_ssm, _ = self.ssm(split.gather_ssm(x))  # (B, n_ssm, D)
+        return self._join(x, y_attn, y_ssm, split), carry
+
+    def _attend(self, x: Tensor, split: TokenSplit) -> Tensor:
+        """The attention branch's output: (B, T, D) -> (B, n_attn, D)."""
+        if self.all_keys:
+            return self.attention(x, queries=split.attn)[0]
+        return self.attention(split.gather_attn(x), positions=split.positions_attn(x.device))[0]
+
+    def _join(self, x: Tensor, y_attn: Tensor, y_ssm: Tensor, split: TokenSplit) -> Tensor:
+        """What follows the branches: (B, T, D) -> (B, T, D)."""
         x = x + self.fusion(y_attn, y_ssm, split)
-        return x + self.proj(self.norm(x)), carry
+        return x + self.proj(self.norm(x))
+
+    def _side_by_side(self, x: Tensor, split: TokenSplit) -> tuple[Tensor, Tensor]:
+        """Both branches' outputs, the SSM's computed on a stream of its own; autograd goes back on the same streams."""
+        here, aside = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            y_ssm, _ = self.ssm(split.gather_ssm(x))  # (B, n_ssm, D)
+        y_attn = self._attend(x, split)
+        here.wait_stream(aside)
+        y_ssm.record_stream(here)  # its memory belongs to the other stream
+        return y_attn, y_ssm
+
+    def compile(self, **options: Any) -> None:
+        """As ``nn.Module.compile``; with ``overlap`` the branches and what joins them, because a graph has one stream."""
+        if not self.overlap:
+            super().compile(**options)
+            return
+        self.attention.compile(**options)
+        self.ssm.compile(**options)
+        self._join = torch.compile(self._join, **options)
 
     def new_cache(self, *, window: int | None = None) -> BlockCache:
         """Empty caches of both branches.
