@@ -12,147 +12,25 @@ left. The learning rates chosen from this session's own records go into the late
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accuracy_jobs import Job, Session, plan_jobs
+from accuracy_keep import keep, pack
+
 ROOT = Path(__file__).resolve().parents[1]
-TASKS = "[arc_easy,arc_challenge,winogrande,piqa,hellaswag,boolq,lambada_openai]"
-# Tokens/s of training that the plan assumes (135m, one H200): longest first, and what no longer fits is not begun.
-SPEED = {"flowhn_no": 700e3, "llama": 830e3, "shm": 640e3, "jamba": 640e3, "mamba2": 470e3, "mamba1": 400e3, "hymba": 300e3}
-FAC_SPEED = 900e3  # of all other FlowHN rows
-COMPILE_SECONDS, EVAL_SECONDS, LONG_SECONDS = 25.0, 25.0, 60.0
-LONGEST_FIRST = ("hymba", "mamba1", "mamba2", "shm", "jamba", "flowhn_no", "llama", "flowhn_fac", "flowhn_ae", "flowhn_fa")
-VARIANTS = ("fac_keys_rope", "fac_keys", "fac_rope", "fac_keys_rope_window", "fac_window", "fac_thin", "fac_keys_rope_cross", "fac_ratio")
-LONG_MODELS = ("flowhn_fac", "flowhn_no", "llama", "mamba2", "shm")
-WARM = (("flowhn_fac", "mamba2", "llama", "hymba"), ("shm", "flowhn_no", "mamba1", "jamba"))  # compiled while the data are prepared
-
-
-@dataclass(frozen=True)
-class Job:
-    """One row of the plan: a cell of an artefact with its seed; ``kind`` is lr, table, seed, variant or long."""
-
-    kind: str
-    artefact: str
-    cell: str
-    seed: int
-    tokens: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind}-{self.cell}-s{self.seed}"
-
-    def seconds(self) -> float:
-        """How long the plan expects it to take."""
-        if self.kind == "long":
-            return LONG_SECONDS
-        model = {"flowhn": "flowhn_fac", "hybrid": "shm", "mamba": "mamba2"}.get(self.cell.split("_")[0], self.cell)
-        model = self.cell if self.cell in SPEED else model
-        training = self.tokens / SPEED.get(model, FAC_SPEED)
-        return training + COMPILE_SECONDS + (0 if self.kind == "lr" else EVAL_SECONDS)
-
-
-def plan_jobs(tokens: int, lr_tokens: int, kinds: str) -> list[Job]:
-    """All jobs, what matters most first."""
-    from flowhn.artefacts import load_artefact
-
-    jobs = [Job("lr", "table1_lr", cell, 0, lr_tokens) for cell in load_artefact("table1_lr").cells]
-    jobs += [Job("table", "table1", cell, 0, tokens) for cell in LONGEST_FIRST]
-    jobs += [Job("seed", "table1", cell, 1, tokens) for cell in ("flowhn_no", "flowhn_fac", "shm")]
-    jobs += [Job("variant", "beyond", cell, 0, tokens) for cell in VARIANTS]
-    jobs += [Job("long", "table1", cell, 0, tokens) for cell in LONG_MODELS]
-    return [job for job in jobs if job.kind in kinds.split(",")]
-
-
-class Session:
-    """The folder of a session and what its processes share there: claims, records, the log."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.work = Path(args.work)
-        self.jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds)
-        self.claims = self.work / "claims"
-        self.claims.mkdir(parents=True, exist_ok=True)
-        self._tuned: dict[str, float] = {}
-
-    def say(self, text: str) -> None:
-        with (self.work / "session.log").open("a", encoding="utf-8") as log:
-            log.write(f"{time.time() - self.args.begun:7.1f} s  {text}\n")
-
-    def left(self) -> float:
-        return self.args.begun + self.args.seconds - time.time()
-
-    def run_of(self, job: Job) -> Any:
-        """The run of a job, with the learning rate that this session's records choose for its model.
-
-        The same run as ``./reproduce.sh`` plans for that row (a test compares their ids), without composing the other rows.
-        """
-        from flowhn.artefacts import last_wins, load_artefact
-        from flowhn.config import compose
-        from flowhn.runs import plan
-
-        words = [f"size={self.args.size}", f"budget={job.tokens}", "data=files", f"data.path={self.args.data}"]
-        words += [f"data.val_path={self.args.valid}", f"output_dir={self.work}", f"cache_dir={self.work / 'cache'}"]
-        words += ["logger=none", f"seed={job.seed}", *self.args.override]
-        if job.kind != "lr":
-            words += [f"eval={self.args.eval}", "val_points=10"]
-            if self.args.eval == "paper":
-                words += [f"eval.data_dir={self.args.eval_dir}", f"eval.tasks={TASKS}"]
-            if (rate := self.rate(job)) is not None:
-                words.append(f"lr={rate}")
-        artefact = load_artefact(job.artefact)
-        names = [f"cell={job.cell}", f"artefact={job.artefact}"]
-        return plan(compose("train", last_wins([*artefact.overrides, *artefact.cells[job.cell], *words, *names])))
-
-    def lr_records(self) -> list[Any]:
-        from flowhn.reporting.record import find_records
-
-        return [record for record in find_records(self.work / "runs", skip_broken=True) if record.artefact == "table1_lr"]
-
-    def rate(self, job: Job) -> float | None:
-        from flowhn.reporting.rates import chosen_rates
-
-        if not self._tuned:
-            self._tuned = chosen_rates(self.lr_records())
-        return self._tuned.get("flowhn" if job.cell.startswith(("flowhn", "fac")) else job.cell)
-
-    def finished(self, job: Job) -> bool:
-        return (self.claims / f"{job.name}.done").exists()
-
-    def ready(self, job: Job) -> bool:
-        """Learning rates come first; a long-context job needs its trained model."""
-        if job.kind == "long":
-            table = [other for other in self.jobs if other.kind == "table" and other.cell == job.cell]
-            return all(self.finished(other) for other in table)
-        return job.kind == "lr" or all(self.finished(other) for other in self.jobs if other.kind == "lr")
-
-    def claim(self, job: Job) -> bool:
-        try:
-            os.close(os.open(self.claims / job.name, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
-
-    def next_job(self) -> Job | str:
-        """A claimed job; "wait" when one is not ready yet; "done"."""
-        waiting = False
-        for job in self.jobs:
-            if (self.claims / job.name).exists() or job.seconds() > self.left():
-                continue
-            if not self.ready(job):
-                waiting = True
-            elif self.claim(job):
-                return job
-        return "wait" if waiting else "done"
+# Compiled while the data are prepared, by GPU.
+WARM = (
+    ("flowhn_fac", "mamba2", "llama", "hymba"),
+    ("shm", "flowhn_no", "mamba1", "jamba"),
+)
 
 
 def run_job(session: Session, job: Job, workshop: Any) -> str:
@@ -188,7 +66,13 @@ def run_long(session: Session, job: Job, run: Any, workshop: Any) -> str:
         loaded.model, loaded.tokenizer, run.config, suite=suite, hardware=hardware,
         heldout_file=workshop.prepare(run.config).heldout_file,
     )  # fmt: skip
-    named = {"cell": job.cell, "seed": job.seed, "run_id": run.run_id, "size": session.args.size, "seq_len": run.config["seq_len"]}
+    named = {
+        "cell": job.cell,
+        "seed": job.seed,
+        "run_id": run.run_id,
+        "size": session.args.size,
+        "seq_len": run.config["seq_len"],
+    }
     write_json(run.folder / "eval-long_context.json", named | result)
     return f"{result['seconds']:.0f} s"
 
@@ -222,7 +106,10 @@ def worker(session: Session, gpu: int, workshop: Any) -> None:
     choose_gpu(gpu)
     if workshop is not None and not device_works():  # the parent touched CUDA: begin as a process of its own
         session.say(f"GPU {gpu}: the forked process cannot use it; starting a fresh one")
-        os.execv(sys.executable, [sys.executable, __file__, "worker", *sys.argv[2:], "--begun", str(session.args.begun), "--gpu", str(gpu)])
+        os.execv(
+            sys.executable,
+            [sys.executable, __file__, "worker", *sys.argv[2:], "--begun", str(session.args.begun), "--gpu", str(gpu)],
+        )
     if workshop is None:
         from flowhn.experiment import Workshop
 
@@ -265,11 +152,28 @@ def warm(session: Session, gpu: int) -> None:
     for cell in WARM[gpu % len(WARM)]:
         if (session.work / "prepared").exists():
             return
-        words = [f"size={session.args.size}", "data=random", "eval=none", "val_points=0", "logger=none", f"models=[{cell}]", "seeds=[0]"]
-        words += ["budget=3", f"output_dir={session.work / 'warm'}", f"cache_dir={session.work / 'warm' / 'cache'}", *session.args.override]
+        words = [
+            f"size={session.args.size}",
+            "data=random",
+            "eval=none",
+            "val_points=0",
+            "logger=none",
+            f"models=[{cell}]",
+            "seeds=[0]",
+        ]
+        words += [
+            "budget=3",
+            f"output_dir={session.work / 'warm'}",
+            f"cache_dir={session.work / 'warm' / 'cache'}",
+            *session.args.override,
+        ]
         begun = time.time()
         try:
-            workshop.run(next(iter(plan_cells(load_artefact("table1"), words).wanted.values())), lambda progress: None, say=lambda text: None)
+            workshop.run(
+                next(iter(plan_cells(load_artefact("table1"), words).wanted.values())),
+                lambda progress: None,
+                say=lambda text: None,
+            )
             session.say(f"GPU {gpu}: compiled {cell} in {time.time() - begun:.0f} s")
         except Exception as error:  # only a warm-up
             session.say(f"GPU {gpu}: compiling {cell} failed: {error!r}")
@@ -280,13 +184,17 @@ def prepare_data(session: Session) -> None:
 
     begun = time.time()
     prepared = Workshop().prepare(session.run_of(session.jobs[0]).config)
-    session.say(f"data prepared in {time.time() - begun:.0f} s: {prepared.stats['n_train_tokens']:,} tokens, {prepared.stats['n_val_tokens']:,} validation")
+    session.say(
+        f"data prepared in {time.time() - begun:.0f} s: {prepared.stats['n_train_tokens']:,} tokens, {prepared.stats['n_val_tokens']:,} validation"
+    )
 
 
 def daemon(args: argparse.Namespace) -> None:
     """Prepare once, then one process per GPU, forked so that all of them share data, questions and their tokens."""
     session = Session(args)
-    session.say(f"{len(session.jobs)} jobs, {sum(job.seconds() for job in session.jobs):.0f} GPU-seconds planned, {args.seconds:.0f} s on {args.gpus} GPUs")
+    session.say(
+        f"{len(session.jobs)} jobs, {sum(job.seconds() for job in session.jobs):.0f} GPU-seconds planned, {args.seconds:.0f} s on {args.gpus} GPUs"
+    )
     (session.work / "prepared").unlink(missing_ok=True)
     for claim in session.claims.iterdir():  # of a daemon that is gone
         claim.unlink()
@@ -332,66 +240,6 @@ def daemon(args: argparse.Namespace) -> None:
     (session.work / "finished").touch()
 
 
-def pack(args: argparse.Namespace) -> None:
-    """Records, long-context results and logs into one file; the commit is filled in, because the machine has no .git."""
-    from flowhn.reporting.record import read_record, write_record
-
-    work = Path(args.work)
-    with tarfile.open(args.out, "w:gz") as archive:
-        for path in sorted([*work.glob("runs/*/record.json"), *work.glob("runs/*/eval-*.json"), *work.glob("*.log"), *work.glob("error-*.txt")]):
-            if path.name == "record.json" and args.commit:
-                record = read_record(path)
-                if record.git.get("commit") is None:
-                    write_record(path, replace(record, git={"commit": args.commit, "dirty": False}))
-            archive.add(path, arcname=str(path.relative_to(work)))
-    sys.stdout.write(f"{args.out}: {Path(args.out).stat().st_size / 1e6:.2f} MB\n")
-
-
-def keep(args: argparse.Namespace) -> None:
-    """Sort a packed file's records into experiments/ and write the chosen learning rates into configs/artefacts/table1.yaml."""
-    from flowhn.artefacts import load_artefact
-    from flowhn.reporting.record import find_records, write_record
-
-    with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(args.file) as archive:
-            archive.extractall(folder, filter="data")
-        records = find_records(Path(folder))
-        for name in ("table1", "table1_lr", "beyond"):
-            cells = load_artefact(name).cells
-            mine = [record for record in records if record.cell in cells]
-            target = Path(args.into) / name / args.setting / "records"
-            for record in mine:
-                write_record(target / f"{record.cell}-s{record.seed}.json", record)
-            sys.stdout.write(f"{name}: {len(mine)} records in {target}\n")
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(folder).glob("runs/*/eval-long_context.json"))]
-        for result in results:
-            path = Path(args.into) / "long_context" / args.setting / "evals" / f"{result['cell']}-s{result['seed']}.json"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        sys.stdout.write(f"long_context: {len(results)} results\n")
-        tried = [record for record in records if record.artefact == "table1_lr"]
-    if tried and args.rates:
-        write_rates(Path(args.rates), tried)
-
-
-def write_rates(path: Path, records: list[Any]) -> None:
-    """Put the chosen rates into the line of their size in ``configs/artefacts/table1.yaml``."""
-    from flowhn.reporting.rates import chosen_rates
-
-    size = records[0].size
-    rates = chosen_rates(records)
-    order = ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn")
-    told = ", ".join(f"{model}: {rates[model]:.1e}".replace("e-0", "e-") for model in order if model in rates)
-    lines = path.read_text(encoding="utf-8").split("\n")
-    at = [number for number, line in enumerate(lines) if line.startswith(f"  {size}: {{max_tokens:")]
-    if len(at) != 1:
-        raise SystemExit(f"{path} has no line of learning rates for {size}")
-    limit = lines[at[0]].split("max_tokens: ")[1].split(",")[0]
-    lines[at[0]] = f"  {size}: {{max_tokens: {limit}, {told}}}"
-    path.write_text("\n".join(lines), encoding="utf-8")
-    sys.stdout.write(f"{path}: {told}\n")
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("daemon", "warm", "worker", "pack", "keep", "plan"))
@@ -400,7 +248,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="accuracy.tgz")
     parser.add_argument("--commit", default=os.environ.get("COMMIT"))
     parser.add_argument("--into", default=str(ROOT / "experiments"))
-    parser.add_argument("--rates", default=str(ROOT / "configs" / "artefacts" / "table1.yaml"), help="keep: where the rates go; empty: nowhere")
+    parser.add_argument(
+        "--rates",
+        default=str(ROOT / "configs" / "artefacts" / "table1.yaml"),
+        help="keep: where the rates go; empty: nowhere",
+    )
     parser.add_argument("--setting", default="135m-files-30M")
     parser.add_argument("--seconds", type=float, default=800.0, help="no job is begun that would end later than this")
     parser.add_argument("--begun", type=float, default=time.time())
@@ -416,7 +268,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--eval-dir", default="eval")
     parser.add_argument("--no-warm", dest="warm", action="store_false")
     parser.add_argument("--override", action="append", default=[], help="one more key=value for every run")
-    parser.add_argument("--long-override", action="append", default=[], help="one more key=value for the long-context suite")
+    parser.add_argument(
+        "--long-override", action="append", default=[], help="one more key=value for the long-context suite"
+    )
     return parser.parse_args(argv)
 
 

@@ -70,7 +70,10 @@ def redraw(source: Path, target: Path) -> None:
         return None
     records = find_records(source / "records")
     cells = [cell for cell in artefact["cells"] if any(record.cell == cell for record in records)]
-    write_artefact(records, target, title=artefact["title"], figures=artefact["figures"], expected=cells)
+    write_artefact(
+        records, target, title=artefact["title"], figures=artefact["figures"], expected=cells,
+        tables=artefact.get("tables", ["verdicts"]), gap=artefact.get("gap"),
+    )  # fmt: skip
     return None
 
 

@@ -28,7 +28,7 @@ class Artefact:
         title, claim: what it is, and what the paper says about it; ``question`` makes it an ablation.
         cells: rows by name, each a list of overrides of ``configs/train.yaml``.
         overrides: for every cell, before its own and the user's.
-        figures: names for :func:`flowhn.reporting.artefact.write_artefact` (not for ablations).
+        figures, tables: names for :func:`flowhn.reporting.artefact.write_artefact` (not for ablations).
         budgets: by name ``overrides``, and optionally ``seeds`` and ``cells`` (instead of those of the same name).
         bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count).
         lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens.
@@ -43,6 +43,7 @@ class Artefact:
     question: str | None = None
     overrides: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=lambda: ["verdicts"])
     cells: dict[str, list[str]] = field(default_factory=dict)
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     bench: dict[str, Any] | None = None

@@ -204,7 +204,10 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
         write_ablation(artefact.name, folder, title=artefact.title, command=command)
     else:
         expected = list(dict.fromkeys(run.config["cell"] for run in runs.wanted.values()))
-        write_artefact(records, folder, title=artefact.title, figures=artefact.figures, expected=expected)
+        write_artefact(
+            records, folder, title=artefact.title, figures=artefact.figures, expected=expected,
+            tables=artefact.tables, gap=artefact.gap,
+        )  # fmt: skip
     return folder
 
 
