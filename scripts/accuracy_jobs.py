@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TASKS = "[arc_easy,arc_challenge,winogrande,piqa,hellaswag,boolq,lambada_openai]"
 # Tokens/s of training that the plan assumes (135m, one H200): longest first, and what no longer fits is not begun.
 SPEED = {
     "flowhn_no": 700e3,
@@ -116,7 +115,7 @@ class Session:
         if job.kind != "lr":
             words += [f"eval={self.args.eval}", "val_points=10"]
             if self.args.eval == "paper":
-                words += [f"eval.data_dir={self.args.eval_dir}", f"eval.tasks={TASKS}"]
+                words += [f"eval.data_dir={self.args.eval_dir}"]
             if (rate := self.rate(job)) is not None:
                 words.append(f"lr={rate}")
         artefact = load_artefact(job.artefact)
@@ -140,6 +139,16 @@ class Session:
     def finished(self, job: Job) -> bool:
         return (self.claims / f"{job.name}.done").exists()
 
+    def finish(self, job: Job, seconds: float) -> None:
+        """Mark a job as done (or failed) and remember how long it took beside the plan."""
+        (self.claims / f"{job.name}.done").write_text(f"{seconds / job.seconds():.3f}", encoding="utf-8")
+
+    def pace(self) -> float:
+        """Time that trained and evaluated jobs took, as a share of the plan; 1 until three are done."""
+        done = [job for job in self.jobs if job.kind in ("table", "seed", "variant") and self.finished(job)]
+        shares = [float((self.claims / f"{job.name}.done").read_text(encoding="utf-8")) for job in done]
+        return min(2.0, max(0.4, 1.1 * sum(shares) / len(shares))) if len(shares) >= 3 else 1.0
+
     def ready(self, job: Job) -> bool:
         """Learning rates come first; a long-context job needs its trained model."""
         if job.kind == "long":
@@ -156,9 +165,9 @@ class Session:
 
     def next_job(self) -> Job | str:
         """A claimed job; "wait" when one is not ready yet; "done"."""
-        waiting = False
+        waiting, pace = False, self.pace()
         for job in self.jobs:
-            if (self.claims / job.name).exists() or job.seconds() > self.left():
+            if (self.claims / job.name).exists() or pace * job.seconds() > self.left():
                 continue
             if not self.ready(job):
                 waiting = True

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tarfile
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import yaml
+
+MAX_TOKENS = 100_000_000  # longest run that rates tried at a few million tokens are taken for
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -67,18 +72,24 @@ def keep(args: argparse.Namespace) -> None:
 
 
 def write_rates(path: Path, records: list[Any]) -> None:
-    """Put the chosen rates into the line of their size in ``configs/artefacts/table1.yaml``."""
+    """Put the chosen rates into the ``lr`` line of ``configs/artefacts/table1.yaml``, beside those of other sizes."""
     from flowhn.reporting.rates import chosen_rates
 
-    size = records[0].size
-    rates = chosen_rates(records)
+    text = path.read_text(encoding="utf-8")
+    line = re.search(r"^lr:.*$", text, re.MULTILINE)
+    if line is None:
+        raise SystemExit(f"{path} has no line lr:")
+    rates = yaml.safe_load(line[0])["lr"] or {}
+    chosen = chosen_rates(records)
     order = ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn")
-    told = ", ".join(f"{model}: {rates[model]:.1e}".replace("e-0", "e-") for model in order if model in rates)
-    lines = path.read_text(encoding="utf-8").split("\n")
-    at = [number for number, line in enumerate(lines) if line.startswith(f"  {size}: {{max_tokens:")]
-    if len(at) != 1:
-        raise SystemExit(f"{path} has no line of learning rates for {size}")
-    limit = lines[at[0]].split("max_tokens: ")[1].split(",")[0]
-    lines[at[0]] = f"  {size}: {{max_tokens: {limit}, {told}}}"
-    path.write_text("\n".join(lines), encoding="utf-8")
+    rates[records[0].size] = {"max_tokens": MAX_TOKENS, **{model: chosen[model] for model in order if model in chosen}}
+    told = ", ".join(
+        f"{size}: {{{', '.join(f'{k}: {_plain(v)}' for k, v in own.items())}}}" for size, own in rates.items()
+    )
+    path.write_text(text.replace(line[0], f"lr: {{{told}}}"), encoding="utf-8")
     sys.stdout.write(f"{path}: {told}\n")
+
+
+def _plain(value: float) -> str:
+    """A number as YAML reads it back: 2.0e-3, not 2e-3, which would be a text."""
+    return str(value) if isinstance(value, int) else f"{value:.1e}".replace("e-0", "e-")

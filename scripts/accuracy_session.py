@@ -129,7 +129,7 @@ def worker(session: Session, gpu: int, workshop: Any) -> None:
         except BaseException as error:  # one failed job must not end the session
             told, spoilt = f"FAILED: {error!r}", not isinstance(error, UserError)
             (session.work / f"error-{job.name}.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        (session.claims / f"{job.name}.done").touch()
+        session.finish(job, time.time() - begun)
         session.say(f"GPU {gpu}: {job.name} in {time.time() - begun:.0f} s (planned {job.seconds():.0f}): {told}")
         if spoilt:
             os._exit(3)  # a CUDA error stays with the process

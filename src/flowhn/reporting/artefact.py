@@ -11,6 +11,7 @@ import pandas as pd
 from flowhn.errors import UserError
 from flowhn.reporting import figures as draw
 from flowhn.reporting.beyond import gap_table, readable_gap
+from flowhn.reporting.overlap import overlap_notes
 from flowhn.reporting.rates import rate_table
 from flowhn.reporting.record import RunRecord, write_record
 from flowhn.reporting.style import long_name
@@ -39,6 +40,8 @@ def write_artefact(
 ) -> list[Path]:
     """Write ``table`` and ``tables`` as .md and .csv, ``<figure>.png`` each and ``records/``; returns the paths.
 
+    An ``overlap.json`` in the folder (:mod:`flowhn.reporting.overlap`) is told in the table's notes.
+
     Args:
         records: records of one size.
         figures: names from ``figure4, loss, loss_vs_time, loss_vs_flops``. One for which the records have no numbers (a
@@ -63,7 +66,7 @@ def write_artefact(
     frame = table1(records, size=sizes[0], expected=expected)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written, notes = [], list(notes)
+    written, notes = [], [*notes, *overlap_notes(folder)]
     for name in figures:
         function, can = _FIGURES[name]
         path = folder / f"{name}.png"
