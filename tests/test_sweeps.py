@@ -99,7 +99,8 @@ def test_a_run_on_several_devices_is_a_command_of_its_own(home):
     code, folder = sweep(home, "device=cpu", "trainer.devices=2", "seed=5")
     assert code == 0
     (job,) = read_jobs(folder)
-    assert read_record(Path(job.record)).device["count"] == 2
+    assert read_record(Path(job.record)).config["trainer"]["devices"] == 2
+    assert (folder / "0" / "output.log").read_text().count("[1/1] ") == 2  # both processes say what they begin
 
 
 def test_its_failure_is_the_sentence_it_ended_with(home, monkeypatch):
