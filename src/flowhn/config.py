@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from flowhn.config_checks import check_values
+from flowhn.config_checks import BENCH_CHECKS, CHECKS, check_values
 from flowhn.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException, KeyError, ValueError, AttributeError, TypeError,
             RecursionError) as error:  # fmt: skip
         raise _explain(error, root, overrides) from error
-    if root == "train":
-        check_values(OmegaConf.to_container(cfg))
+    if root in ("train", "bench"):
+        check_values(OmegaConf.to_container(cfg), checks=CHECKS if root == "train" else BENCH_CHECKS)
     return cfg
 
 
