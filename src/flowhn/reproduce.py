@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from flowhn.cli import run_entry
 from flowhn.config import compose, config_dir, nearest
 from flowhn.errors import UserError
+from flowhn.run_tracking import track_artefact
 from flowhn.runs import Run, plan
 
 EPILOG = """examples:
@@ -41,9 +42,10 @@ def _main(argv: Sequence[str]) -> int:
         for run in wanted.values():
             shutil.rmtree(run.folder, ignore_errors=True)
     failed = _run_missing(artefact, wanted)
-    folder = _write(name, artefact, wanted, others)
+    folder = (_measure if "measure" in artefact else _write)(name, artefact, wanted, others)
     if folder is not None:
         _show(folder)
+        track_artefact(name, folder, next(iter(wanted.values())).config, say=_say)
     if args.keep and folder is not None:
         kept = Path("experiments") / name / folder.name
         shutil.rmtree(kept, ignore_errors=True)
@@ -231,12 +233,27 @@ def _write(name: str, artefact: dict[str, Any], wanted: dict[str, Run], others: 
     records = [record for run in (*wanted.values(), *others.values()) if (record := run.record()) is not None]
     if not records:
         return None
-    config = next(iter(wanted.values())).config
-    choices = config["choices"]
-    folder = Path(config["output_dir"]) / name / f"{choices['size']}-{choices['data']}-{config['budget']}"
+    folder = _folder(name, wanted)
     expected = list(dict.fromkeys(run.config["cell"] for run in wanted.values()))
     write_artefact(records, folder, title=artefact["title"], figures=artefact["figures"], expected=expected)
     return folder
+
+
+def _measure(name: str, artefact: dict[str, Any], wanted: dict[str, Run], others: dict[str, Run]) -> Path | None:
+    """Measure the trained models of an artefact with ``measure: branches``; returns its folder, None without any record."""
+    from flowhn.run_branches import measure_runs
+
+    return measure_runs(wanted | others, _folder(name, wanted), title=artefact["title"])
+
+
+def _folder(name: str, runs: dict[str, Run]) -> Path:
+    config = next(iter(runs.values())).config
+    choices = config["choices"]
+    return Path(config["output_dir"]) / name / f"{choices['size']}-{choices['data']}-{config['budget']}"
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
 
 
 def _show(folder: Path) -> None:

@@ -6,9 +6,6 @@ A record is a JSON object: what was asked (``case, cell, size, seq_len, protocol
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from flowhn.errors import UserError
+from flowhn.reporting.sealed import read_sealed, write_sealed
 from flowhn.reporting.style import long_name
 
 SCHEMA = "flowhn-bench-1"
@@ -34,33 +32,14 @@ PUBLISHED_H200 = {"135m": (96_200, 10.9), "1b": (11_700, 11.0)}
 GOAL_LENGTH = (8192, 85.0)  # at that length, % of FAC's tokens/s at 1,024
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def write_bench_record(path: Path, content: Mapping[str, Any]) -> None:
     """Write a record atomically, with the hash that :func:`read_bench_record` checks."""
-    content = {"schema": SCHEMA, **content}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_sealed(path, content, schema=SCHEMA)
 
 
 def read_bench_record(path: Path) -> dict[str, Any]:
-    """Read and check a record.
-
-    Raises:
-        UserError: it is missing, not JSON, of another schema, or was edited.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        told = content.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"the record {path} cannot be read ({error}); delete it to measure again") from error
-    if content.get("schema") != SCHEMA or told != _digest(content):
-        raise UserError(f"the record {path} was edited or is of another schema; delete it to measure again")
-    return content
+    """Read and check a record; raises UserError as :func:`~flowhn.reporting.sealed.read_sealed`."""
+    return read_sealed(path, schema=SCHEMA)
 
 
 def find_bench_records(folder: Path) -> list[dict[str, Any]]:
