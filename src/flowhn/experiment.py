@@ -207,7 +207,7 @@ def _record(run: Run, prepared: Any, trained: Trained, evaluation: dict[str, Any
             "final_val": val[-1][1] if val else None,
             "unigram_entropy": prepared.stats.get("unigram_entropy_nats"),
         },
-        throughput=fitted["throughput"],
+        throughput={**fitted["throughput"], "attention_share": _attention_share(trained.model, config["seq_len"])},
         memory=fitted["memory"],
         evaluation={"suite": evaluation["suite"], "tasks": evaluation["tasks"]},
         # Of a run that was stopped, seconds cover the last call alone and training all of them.
@@ -218,3 +218,9 @@ def _record(run: Run, prepared: Any, trained: Trained, evaluation: dict[str, Any
         },
         resumed=fitted["resumed"],
     )
+
+
+def _attention_share(model: Any, seq_len: int) -> float | None:
+    """Share of the tokens that attention sees in the first parallel block, from 0 to 1; None in a model without one."""
+    block = next((block for block in model.layers if hasattr(block, "token_split")), None)
+    return None if block is None else block.token_split(seq_len).n_attn / seq_len

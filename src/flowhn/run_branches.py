@@ -42,7 +42,7 @@ def measure_runs(runs: Mapping[str, Run], folder: Path, *, title: str) -> Path |
         if not weights.is_file():
             raise UserError(f"{run.folder} has no {WEIGHTS_NAME} to measure; run again with --force")
         sha256 = file_sha256(weights)
-        path = folder / FOLDER_NAME / f"{run.record().cell}-s{run.config['seed']}.json"
+        path = folder / FOLDER_NAME / f"{run.config['cell']}-s{run.config['seed']}.json"
         if not (path.is_file() and read_measurement(path)["weights_sha256"] == sha256):
             write_measurement(path.parent, _measure(run) | {"weights_sha256": sha256})
     write_branches(find_measurements(folder / FOLDER_NAME), folder, title=title)
@@ -74,7 +74,7 @@ def _measure(run: Run) -> dict[str, Any]:
     model = load_run(run.folder, device=device, trust=True).model  # the run's config is the caller's own
     return {
         "run_id": run.run_id,
-        "cell": record.cell,
+        "cell": config["cell"],
         "size": record.size,
         "seed": record.seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -77,7 +77,15 @@ def plan(cfg: DictConfig) -> Run:
         raise UserError(f"seed={config['seed']} must be at most {_LARGEST_SEED}")
     run_id = config_hash(identity(config))
     name = f"{cell_name(config)}-{config['choices']['size']}-{config['budget']}-s{config['seed']}"
-    return Run(config, run_id, name, Path(config["output_dir"]) / "runs" / f"{name}-{run_id}")
+    return Run(config, run_id, name, _folder(Path(config["output_dir"]) / "runs", name, run_id))
+
+
+def _folder(runs: Path, name: str, run_id: str) -> Path:
+    """The run's own folder, or that of the same run under another name (a cell of another artefact): never trained twice."""
+    own = runs / f"{name}-{run_id}"
+    if own.is_dir():
+        return own
+    return next((path for path in sorted(runs.glob(f"*-{run_id}")) if path.is_dir()), own)
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:

@@ -69,13 +69,13 @@ def write_artefact(
             path.unlink(missing_ok=True)
             notes.append(f"{name}.png is not drawn: no record has the numbers for it.")
     written += write_table(frame, folder, title=title, notes=notes)
-    written += _keep_records(records, folder / "records")
+    written += keep_records(records, folder / "records")
     heading = f"{title}: the paper's claims"
     written += write_table(_readable(judged), folder, title=heading, notes=_VERDICT_NOTES, name="verdicts", full=judged)
     return written
 
 
-def _keep_records(records: Sequence[RunRecord], folder: Path) -> list[Path]:
+def keep_records(records: Sequence[RunRecord], folder: Path) -> list[Path]:
     """Put a copy of each record beside the table made from them, and nothing else: the folder is the table's source."""
     paths = {folder / f"{record.cell}-s{record.seed}.json": record for record in records}
     for old in folder.glob("*.json") if folder.is_dir() else ():

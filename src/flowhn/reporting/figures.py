@@ -83,7 +83,7 @@ def figure4(
             style.sizes_in_order({*ours, *theirs}),
             any(m is not None for v in ours.values() for _, m in v.values()),
         )
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def loss_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
@@ -230,7 +230,7 @@ def _loss_over(
         figure.legend(
             loc="outside right center", frameon=False, title="Model, final loss", title_fontsize=7.5, handlelength=3.2
         )
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _loss_lines(axes: Axes, lines: Sequence[tuple[Cell, list[float], list[list[float]]]]) -> None:
@@ -264,7 +264,8 @@ def _unigram_line(axes: Axes, cells: Mapping[str, Cell]) -> None:
         )  # fmt: skip
 
 
-def _save(figure: Figure, path: Path | None) -> Figure:
+def save(figure: Figure, path: Path | None) -> Figure:
+    """Write a figure so that a reader finds the old file or the new one; returns it."""
     if path is not None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
