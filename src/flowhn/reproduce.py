@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from flowhn import run_report
 from flowhn.artefacts import Artefact, Plan, artefact_files, load_artefact, plan_cells
 from flowhn.cli import run_entry
 from flowhn.errors import UserError
@@ -34,6 +35,9 @@ def _main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     if args.list:
         return _list()
+    if run_report.NAME in args.artefacts:
+        _say(f"written: {run_report.make_report(args.overrides)}")
+        return 0
     return max([_make(load_artefact(name), args) for name in args.artefacts])
 
 
@@ -106,6 +110,7 @@ def _list() -> int:
     for name in artefact_files():
         artefact = load_artefact(name)
         sys.stdout.write(f"{name:<20} {artefact.title}\n{'':<20} {artefact.question or artefact.claim}\n")
+    _say(f"{run_report.NAME:<20} {run_report.TITLE}")
     return 0
 
 

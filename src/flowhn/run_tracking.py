@@ -99,14 +99,17 @@ def track_artefact(name: str, folder: Path, config: Mapping[str, Any], say: Call
     import wandb
 
     run_id = config_hash({"artefact": name, "folder": folder.name, "seed": config["seed"]})
-    tracked = _init(config, folder.parent, name=f"{name}-{folder.name}", id=run_id, job_type="artefact", group=name)
+    tracked = _init(
+        config, Path(config["output_dir"]), name=f"{name}-{folder.name}", id=run_id, job_type="artefact", group=name
+    )
     content: dict[str, Any] = {
         f"tables/{path.stem}": wandb.Table(dataframe=pd.read_csv(path)) for path in sorted(folder.glob("*.csv"))
     }
     content |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(folder.glob("*.png"))}
     tracked.log(content)
     artifact = wandb.Artifact(f"{name}-{folder.name}", type="artefact")
-    artifact.add_dir(str(folder))
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        artifact.add_file(str(path), name=str(path.relative_to(folder)))
     tracked.log_artifact(artifact)
     _finish(tracked, say)
 
