@@ -1,7 +1,7 @@
 """Artefacts that are timed, not trained (``scaling_size``, ``scaling_length``): ``flowhn-bench`` in a process of its own.
 
-The folder of such an artefact holds copies of the benchmark records behind it and, where the YAML asks for counts, ``counts.json``
-with parameters and FLOPs of every size, counted on the meta device.
+The folder of such an artefact holds copies of the benchmark records behind it and, where the YAML asks for counts,
+``counts.json`` with parameters and FLOPs of every size, counted on the meta device.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ def bench_words(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, list
         UserError: a key or value that ``flowhn-bench`` does not know.
     """
     budget, given, overrides = preset(artefact, overrides)
+    overrides = [word for word in overrides if not word.startswith("cache_dir=")]  # timing reads no text
     words = last_wins([f"bench={artefact.bench['case']}", *given.get("overrides", ()), *overrides])
     compose("bench", words)
     return budget, words

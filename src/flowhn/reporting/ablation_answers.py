@@ -21,7 +21,7 @@ FUSION_LIMITS = (
 )
 RATIO_LIMITS = (
     "The best share depends on the device (speed), on T (attention's cost grows with its square) and on the training budget "
-    "(loss); only the FLOP-balanced point is the same everywhere."
+    "(loss); the FLOP-balanced point depends on shape and T alone."
 )
 SSM_LIMITS = (
     "Speed here is that of the plain PyTorch scans on a CPU, or of the kernels that the records name on a GPU: the order of the "
@@ -62,7 +62,7 @@ def fusion_answer(frame: pd.DataFrame) -> str:
             continue
         told = f"with {split}, {best['label']} has the lowest validation loss ({best['val_loss']:.3f})"
         if best["cell"] != published.cell.iloc[0]:
-            told += f", {_apart(best, published.iloc[0].to_dict())} the published concat_proj"
+            told += f", {_apart(best, published.iloc[0].to_dict())} below the published concat_proj"
         else:
             told += ", the published fusion"
         parts.append(told)
@@ -70,7 +70,7 @@ def fusion_answer(frame: pd.DataFrame) -> str:
         return _NO_LOSS
     first = "; ".join(parts)
     same = sorted(frame.fusion[frame.coincides.notna()].unique())
-    coincide = f"In split modes {', '.join(same)} compute what sum does" if same else "No fusions coincide here"
+    coincide = f"In split modes {_and(same)} compute what sum does" if same else "No fusions coincide here"
     speeds = trained.dropna(subset=["tps"])
     spread = [100 * (part.tps.max() / part.tps.min() - 1) for _, part in speeds.groupby("split")]
     tail = f", and the choice of fusion changes tokens/s by at most {max(spread):.0f} %" if spread else ""
@@ -110,9 +110,11 @@ def ssm_answer(frame: pd.DataFrame) -> str:
         if pd.notna(one["val_loss"]) and pd.notna(two["val_loss"]):
             losses.append(f"{two['val_loss'] - one['val_loss']:+.3f} with {name}")
         if pd.notna(one["tps"]) and pd.notna(two["tps"]):
-            speeds.append(f"{two['tps'] / one['tps']:.2f} times with {name}")
+            speeds.append(f"{two['tps'] / one['tps']:.2f} with {name}")
     first = f"A Mamba-2 branch changes the validation loss by {_and(losses)}." if losses else _NO_LOSS
-    return f"{first} {f'Its tokens/s are {_and(speeds)} those of the Mamba-1 branch.' if speeds else _NO_SPEED}"
+    return (
+        f"{first} {f'Its tokens/s, in multiples of the Mamba-1 branch, are {_and(speeds)}.' if speeds else _NO_SPEED}"
+    )
 
 
 def balance_answer(frame: pd.DataFrame) -> str:
@@ -124,15 +126,13 @@ def balance_answer(frame: pd.DataFrame) -> str:
             continue
         flops, time = by.loc["flops"].to_dict(), by.loc["time"].to_dict()
         name = str(flops["label"]).partition(",")[0]
-        shares = f"attention's share from {flops['attention_share']:.2f} to {time['attention_share']:.2f}"
         if pd.notna(flops["val_loss"]) and pd.notna(time["val_loss"]):
-            losses.append(
-                f"{shares} and the validation loss by {time['val_loss'] - flops['val_loss']:+.3f} with {name}"
-            )
+            shares = f"from {flops['attention_share']:.2f} to {time['attention_share']:.2f}"
+            losses.append(f"{shares} with {name} (validation loss {time['val_loss'] - flops['val_loss']:+.3f})")
         if pd.notna(flops["tps"]) and pd.notna(time["tps"]):
-            speeds.append(f"{time['tps'] / flops['tps']:.2f} times with {name}")
-    first = f"Cutting by measured time instead of FLOPs moves {_and(losses)}." if losses else _NO_LOSS
-    return f"{first} {f'Tokens/s become {_and(speeds)}.' if speeds else _NO_SPEED}"
+            speeds.append(f"{time['tps'] / flops['tps']:.2f} with {name}")
+    first = f"Cutting by measured time instead of FLOPs moves attention's share {_and(losses)}." if losses else _NO_LOSS
+    return f"{first} {f'In multiples of the FLOP-balanced cut, tokens/s are {_and(speeds)}.' if speeds else _NO_SPEED}"
 
 
 def depth_answer(frame: pd.DataFrame) -> str:
@@ -153,19 +153,20 @@ _NO_SPEED = "They are too short to time."
 
 
 def _ranked(frame: pd.DataFrame) -> str:
-    """Best row by loss and its lead over the second."""
+    """Best row by loss, and its lead over the second and the last."""
     known = frame.dropna(subset=["val_loss"]).sort_values("val_loss")
     if known.empty:
         return _NO_LOSS
-    best = known.iloc[0].to_dict()
-    told = f"{best['label']} has the lowest validation loss ({best['val_loss']:.3f} nats per token)"
-    if len(known) == 1:
-        return f"{told}."
-    second, last = known.iloc[1].to_dict(), known.iloc[-1].to_dict()
-    if len(known) > 2:
-        told += f", {_apart(best, last)} the highest, {last['label']},"
-        return f"{told} and {_apart(best, second)} {second['label']}."
-    return f"{told}, {_apart(best, second)} {second['label']}."
+    rows = known.to_dict("records")
+    best = rows[0]
+    places = [place for place in dict.fromkeys((1, len(rows) - 1)) if 0 < place < len(rows)]
+    names = ("the second, ", "the last, ") if len(places) == 2 else ("",)
+    leads = [
+        f"{_apart(best, rows[place])} below {name}{rows[place]['label']}"
+        for place, name in zip(places, names, strict=False)
+    ]
+    told = f"Validation loss is lowest with {best['label']} ({best['val_loss']:.3f} nats per token)"
+    return f"{told}: {_and(leads)}." if leads else f"{told}."
 
 
 def _apart(low: Mapping[str, Any], high: Mapping[str, Any]) -> str:
@@ -173,8 +174,8 @@ def _apart(low: Mapping[str, Any], high: Mapping[str, Any]) -> str:
     difference = high["val_loss"] - low["val_loss"]
     ranges = [2 * row["val_loss_spread"] for row in (low, high) if pd.notna(row["val_loss_spread"])]
     if not ranges:
-        return f"{difference:.3f} below (one seed)"
-    return f"{difference:.3f} ({'more' if difference > max(ranges) else 'not more'} than seeds differ) below"
+        return f"{difference:.3f} (one seed)"
+    return f"{difference:.3f} ({'more' if difference > max(ranges) else 'not more'} than seeds differ)"
 
 
 def _and(parts: list[str]) -> str:

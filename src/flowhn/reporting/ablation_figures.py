@@ -23,7 +23,7 @@ from flowhn.reporting.style import FONT, look
 
 _WIDTH, _DPI = 7.0, 200
 LOSS, SPEED = "Validation loss (nats per token)", "1,000 tokens/s"
-_GROUPS = ("flowhn_fac", "llama", "mamba1", "jamba")  # whose looks the groups of a figure borrow
+_GROUPS = ("llama", "flowhn_fac", "mamba1", "jamba")  # whose looks the groups of a figure borrow
 _ERROR = {"capsize": 2.5, "elinewidth": 0.9, "markersize": 5, "linestyle": "none"}
 
 
@@ -49,10 +49,15 @@ def ssm_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
 
 def balance_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
     """Loss and speed of each FLOP-aware split, cut by FLOPs and by measured time."""
-    labels = [
-        f"{label.partition(',')[0]}\nattention {share:.2f}"
-        for label, share in zip(frame.label, frame.attention_share, strict=True)
-    ]
+    shares = frame.pivot_table(index="split", columns="balance", values="attention_share")
+    labels = []
+    for row in frame.to_dict("records"):
+        told = [
+            f"{shares.loc[row['split'], by]:.2f} by {'FLOPs' if by == 'flops' else by}"
+            for by in shares.columns
+            if row["split"] in shares.index
+        ]
+        labels.append(f"{row['label'].partition(',')[0]}\n(attention: {', '.join(told)})")
     groups = ["Cut by measured time" if balance == "time" else "Cut by FLOPs" for balance in frame.balance]
     return _dots(frame, labels, groups, path)
 
@@ -67,7 +72,7 @@ def ratio_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
             _errors(axis, fixed, "attention_share", column, factor, "llama", "Fixed share", linestyle="-", linewidth=1)
             for chosen, name in (("FLOP-balanced", "flowhn_fac"), ("time-balanced", "mamba1")):
                 marked = frame[frame.chosen == chosen]
-                _errors(axis, marked, "attention_share", column, factor, name, chosen, markersize=10, zorder=4)
+                _errors(axis, marked, "attention_share", column, factor, name, chosen, markersize=8, zorder=4)
                 for share in marked.attention_share:
                     axis.axvline(share, color=look(name).color, linewidth=0.7, linestyle=":", zorder=1)
             axis.set_xlabel("Attention's share of the tokens")
@@ -96,12 +101,18 @@ def depth_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
 
 
 def _dots(frame: pd.DataFrame, labels: Sequence[str], groups: Sequence[str] | None, path: Path | None) -> Figure:
-    """One line for each row: its loss in the left panel, its speed in the right one; a colour and marker for each group."""
+    """One line for each label: its loss in the left panel, its speed in the right one; a colour and marker for each group.
+
+    A label that comes once in each of several groups is one line with a point of each group.
+    """
     _require(frame)
     groups = groups or [""] * len(frame)
-    rows = pd.DataFrame({**{c: frame[c] for c in _COLUMNS}, "group": groups, "place": range(len(frame))})
     names = list(dict.fromkeys(groups))
-    height = 1.1 + 0.27 * len(frame) + 0.12 * sum("\n" in label for label in labels)
+    paired = len(set(labels)) * len(names) == len(labels)
+    lines = list(dict.fromkeys(labels)) if paired else list(labels)
+    places = [lines.index(label) for label in labels] if paired else list(range(len(labels)))
+    rows = pd.DataFrame({**{c: frame[c] for c in _COLUMNS}, "group": groups, "place": places})
+    height = 1.1 + 0.27 * len(lines) + 0.12 * sum("\n" in line for line in lines)
     with matplotlib.rc_context(FONT):
         figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
@@ -117,9 +128,9 @@ def _dots(frame: pd.DataFrame, labels: Sequence[str], groups: Sequence[str] | No
             axis.tick_params(axis="y", length=0)
             axis.spines[["top", "right", "left"]].set_visible(False)
             if column == "tps":
-                axis.set_xlim(left=0)
-        axes[0].set_yticks(range(len(frame)), list(labels))
-        axes[0].set_ylim(len(frame) - 0.5, -0.5)
+                axis.set_xlim(0, 1.06 * factor * frame.tps.max())
+        axes[0].set_yticks(range(len(lines)), lines)
+        axes[0].set_ylim(len(lines) - 0.5, -0.5)
         if len(names) > 1:
             _legend(figure)
         return save(figure, path)
@@ -147,7 +158,8 @@ def _errors(
 ) -> None:
     """Points of one group; the measured column (x when horizontal, else y) is multiplied by ``factor``."""
     measured = x if horizontal else y
-    values, spread = factor * frame[measured], (factor * frame[f"{measured}_spread"]).fillna(0.0)
+    values, spread = factor * frame[measured], factor * frame[f"{measured}_spread"]
+    spread = None if spread.isna().all() else spread.fillna(0.0)
     drawn = look(style)
     axis.errorbar(
         values if horizontal else frame[x], frame[y] if horizontal else values, xerr=spread if horizontal else None,

@@ -23,7 +23,7 @@ SSM_NAMES = {"mamba1": "Mamba-1", "mamba2": "Mamba-2"}
 COINCIDE = {"mean": "sum", "none": "sum"}  # in split modes a token has one branch output (flowhn.models.fusions)
 _HEADS: dict[str, tuple[str, str]] = {
     "label": ("variant", "{}"),
-    "split_name": ("split", "{}"),
+    "variant": ("variant", "{}"),
     "parameters": ("parameters", "{:,.0f}"),
     "attention_share": ("attention's share of tokens", "{:.3f}"),
     "n_layers": ("blocks", "{:.0f}"),
@@ -77,7 +77,8 @@ def fusion_table(folder: Path) -> pd.DataFrame:
     rows = sorted(frame.to_dict("records"), key=place)
     frame = pd.DataFrame(rows, columns=list(frame.columns))
     frame["split_name"] = [_split_name(row["split"]) for row in rows]
-    frame.attrs = attrs | {"shown": ("split_name", "label", *_NUMBERS, "coincides")}
+    frame["variant"] = frame.split_name + ", " + frame.label
+    frame.attrs = attrs | {"shown": ("variant", *_NUMBERS, "coincides")}
     return frame
 
 

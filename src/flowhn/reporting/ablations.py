@@ -32,13 +32,15 @@ class Ablation:
     """How an artefact's records become a table, a figure and two sentences.
 
     ``table(folder)`` reads ``folder/records``; ``figure(frame, path=None)`` draws that table and writes it where a path is
-    given; ``answer(frame)`` says in two sentences what the numbers are; ``limits`` is what they cannot say.
+    given; ``answer(frame)`` says in two sentences what the numbers are, ``scale(frame)`` in one what they were made from;
+    ``limits`` is what they cannot say.
     """
 
     table: Callable[[Path], pd.DataFrame]
     figure: Callable[..., Figure]
     answer: Callable[[pd.DataFrame], str]
     limits: str
+    scale: Callable[[pd.DataFrame], str] = tables.scale
 
 
 ABLATIONS: dict[str, Ablation] = {
@@ -52,9 +54,11 @@ ABLATIONS: dict[str, Ablation] = {
         tables.balance_table, figures.balance_figure, answers.balance_answer, answers.BALANCE_LIMITS
     ),
     "ablation_depth": Ablation(tables.depth_table, figures.depth_figure, answers.depth_answer, answers.DEPTH_LIMITS),
-    "scaling_size": Ablation(scaling.size_table, scaling.size_figure, scaling.size_answer, scaling.SIZE_LIMITS),
+    "scaling_size": Ablation(
+        scaling.size_table, scaling.size_figure, scaling.size_answer, scaling.SIZE_LIMITS, scaling.scale
+    ),
     "scaling_length": Ablation(
-        scaling.length_table, scaling.length_figure, scaling.length_answer, scaling.LENGTH_LIMITS
+        scaling.length_table, scaling.length_figure, scaling.length_answer, scaling.LENGTH_LIMITS, scaling.scale
     ),
 }
 
@@ -94,14 +98,19 @@ def write_ablation(name: str, folder: Path, *, title: str, command: str) -> list
     return list(dict.fromkeys(written))
 
 
-def write_overview(name: str, folder: Path, artefact: Mapping[str, Any]) -> Path:
-    """Write ``README.md`` of an artefact's folder: question, then for each setting command, figure, answer and table.
+def overview(name: str, folder: Path, artefact: Mapping[str, Any]) -> str:
+    """The text of an artefact's ``README.md``: question, then for each setting command, figure, answer and table.
 
     Args:
         artefact: its YAML; ``title``, ``question`` and ``claim`` are read.
     """
     ablation = ABLATIONS[name]
-    parts = [f"# {artefact['title']}", f"**Question.** {artefact['question']}", f"**The paper.** {artefact['claim']}."]
+    claim = artefact["claim"]
+    parts = [
+        f"# {artefact['title']}",
+        f"**Question.** {artefact['question']}",
+        f"**The paper.** {claim[0].upper()}{claim[1:]}.",
+    ]
     for setting in settings(folder):
         frame = ablation.table(setting)
         parts += [f"## {setting.name}", f"```bash\n{(setting / COMMAND).read_text(encoding='utf-8').strip()}\n```"]
@@ -109,9 +118,14 @@ def write_overview(name: str, folder: Path, artefact: Mapping[str, Any]) -> Path
             parts.append(f"![{artefact['title']}]({setting.name}/{FIGURE})")
         parts += [
             f"**Answer.** {ablation.answer(frame)}",
-            f"**How far this goes.** {tables.scale(frame)} {ablation.limits}",
+            f"**How far this goes.** {ablation.scale(frame)} {ablation.limits}",
             f"Numbers: [table]({setting.name}/{TABLE}.md), [CSV]({setting.name}/{TABLE}.csv), [records]({setting.name}/records).",
         ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_overview(name: str, folder: Path, artefact: Mapping[str, Any]) -> Path:
+    """Write :func:`overview` into the folder; returns the path."""
     path = Path(folder) / README
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    path.write_text(overview(name, folder, artefact), encoding="utf-8")
     return path

@@ -183,10 +183,10 @@ def size_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
     """FLOPs per token, tokens/s and MFU over parameters; open markers: a second device."""
     with matplotlib.rc_context(FONT):
         figure = Figure(figsize=(_WIDTH, 3.6), dpi=_DPI, layout="constrained")
-        axes = figure.subplots(1, 3)
+        axes = figure.subplots(1, 3, sharex=True)
         devices = list(frame.device.dropna().unique())
-        panels = (("flops_per_token", "Training FLOPs per token", 1), ("tps", "Tokens/s", 1), ("mfu", "MFU (%)", 1))
-        for axis, (column, text, _) in zip(axes, panels, strict=True):
+        panels = (("flops_per_token", "Training FLOPs per token"), ("tps", "Tokens/s"), ("mfu", "MFU (%)"))
+        for axis, (column, text) in zip(axes, panels, strict=True):
             for cell, part in frame.groupby("cell", sort=False):
                 if column == "flops_per_token":
                     _line(axis, part.drop_duplicates("size"), "parameters", column, str(cell))
@@ -197,13 +197,16 @@ def size_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.set_xlabel("Parameters")
             axis.set_ylabel(text)
-            if column != "mfu":
-                axis.set_yscale("log")
-                axis.yaxis.set_major_formatter(EngFormatter(sep=""))
-            elif frame.mfu.notna().any():
-                axis.set_ylim(bottom=0)
-            if column != "flops_per_token" and frame[column].isna().all():
+            values = frame[column].dropna()
+            if values.empty:
                 axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
+                axis.set_yticks([])
+            elif values.max() > 10 * values.min():
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+            if column != "mfu":
+                axis.yaxis.set_major_formatter(EngFormatter(sep=""))
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_title("Counted", loc="left", fontsize=8)
         if devices:
