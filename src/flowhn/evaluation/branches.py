@@ -48,18 +48,18 @@ def measure_branches(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dic
     blocks = [layer for layer in model.layers if isinstance(layer, ParallelBlock)]
     if not blocks:
         raise UserError("there are no two branches to measure: the model has no parallel block; choose a FlowHN model")
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # branch -> its input and output
-    inputs: dict[nn.Module, Tensor] = {}  # block -> its input
+    outputs: dict[nn.Module, Tensor] = {}  # of each branch
+    inputs: dict[nn.Module, Tensor] = {}  # of each block
 
-    def keep_branch(module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> None:
+    def keep_output(module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
         output[0].retain_grad()
-        seen[module] = (args[0], output[0])
+        outputs[module] = output[0]
 
     def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[module] = args[0].detach()
 
     handles = [block.register_forward_pre_hook(keep_input) for block in blocks]
-    handles += [getattr(block, name).register_forward_hook(keep_branch) for block in blocks for name in BRANCHES]
+    handles += [getattr(block, name).register_forward_hook(keep_output) for block in blocks for name in BRANCHES]
     model.zero_grad(set_to_none=True)
     try:
         with torch.enable_grad():
@@ -71,9 +71,10 @@ def measure_branches(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dic
     measured = []
     for number, block in enumerate(blocks):
         entry: dict[str, Any] = {"block": number}
-        for name in BRANCHES:
+        split, x = block.token_split(input_ids.shape[1]), inputs[block]
+        for name, own in (("attention", split.gather_attn(x)), ("ssm", split.gather_ssm(x))):
             branch = getattr(block, name)
-            entry[name] = _sizes(*seen[branch]) | _parameter_gradients(branch)
+            entry[name] = _sizes(own, outputs[branch]) | _parameter_gradients(branch)
         entry["similarity"] = _similarity(block, inputs[block])
         measured.append(entry)
     model.zero_grad(set_to_none=True)
