@@ -180,7 +180,8 @@ def _length_goal(optimised: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _text(frame: pd.DataFrame) -> pd.DataFrame:
+def readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """A :func:`bench_table` with its numbers as text and heads for readers."""
     formats = {
         "batch": "{:.0f}", "parameters": "{:,.0f}", "tps": "{:,.0f}", "spread": "{:.1f}", "mfu": "{:.1f}",
         "share_of_matmul": "{:.1f}", "peak_gib": "{:.1f}", "first_step_s": "{:.0f}",
@@ -224,7 +225,7 @@ def write_bench(records: Sequence[Mapping[str, Any]], folder: Path, *, title: st
         "(forward, backward, clipping, AdamW) on uniformly random token ids; the median of the timed windows. ± is half the "
         "range over all windows. MFU is against the device's dense datasheet peak, the next column against a matrix product "
         "measured in the same process.",
-        _text(frame).to_markdown(index=False, disable_numparse=True),
+        readable(frame).to_markdown(index=False, disable_numparse=True),
     ]
     reached = goals(frame)
     if not reached.empty and "H200" in str(first["device"]["name"]):

@@ -16,7 +16,6 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from flowhn.errors import UserError
 from flowhn.reporting.record import environment
@@ -86,9 +85,8 @@ def _section(number: int, source: Source) -> dict[str, Any]:
         path = source.folder / f"{name}.md"
         if path.is_file():
             links = _links(source.folder, name, records)
-            # render() escapes what it reads: raw HTML is switched off there
             text = path.read_text(encoding="utf-8")
-            tables.append(Markup(render(text, links, f"s{number}-records", drop_title=name == "table")))
+            tables.append(render(text, links, f"s{number}-records", drop_title=name == "table"))
     command = source.command
     if command is None and (source.folder / "command.txt").is_file():
         command = (source.folder / "command.txt").read_text(encoding="utf-8").strip()
