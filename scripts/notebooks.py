@@ -61,7 +61,7 @@ def run(path: Path) -> nbformat.NotebookNode:
             notebook, km=manager, timeout=TIMEOUT, resources={"metadata": {"path": str(path.parent)}}, record_timing=False,
             extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
-        client.execute(env=env)
+        client.execute(env=env, cleanup_kc=True)  # a manager of one's own would leave its kernel running
     notebook.metadata = nbformat.from_dict(_METADATA)
     for number, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"{path.stem[:2]}-{number:02d}", nbformat.from_dict({})

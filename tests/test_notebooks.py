@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from flowhn.errors import UserError
@@ -125,3 +126,9 @@ def test_a_place_without_records_is_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert outputs.settings("table1") == []
     assert "./reproduce.sh table1 --keep" in outputs.not_yet(["table1"]).text
+
+
+def test_no_kernel_is_left_running(fresh):
+    """``fresh`` has run five kernels as children of this process."""
+    left = [child for child in psutil.Process().children(recursive=True) if "ipykernel_launcher" in child.cmdline()]
+    assert left == []
