@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from flowhn.config import compose, config_dir, nearest
+from flowhn.config import compose, config_dir, nearest, parse_tokens
 from flowhn.errors import UserError
 from flowhn.runs import Run, plan
 
@@ -76,12 +76,18 @@ def preset(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, dict[str,
     """The budget's name, what the artefact says about it, and the user's overrides without the budget's name.
 
     A budget that is no name of the artefact (a number of tokens) replaces the laptop's tokens alone.
+
+    Raises:
+        UserError: a budget that is neither.
     """
     if not artefact.budgets:
         return "", {}, list(overrides)
     asked = next((word.partition("=")[2] for word in overrides if word.startswith("budget=")), DEFAULT_BUDGET)
     if asked in artefact.budgets:
         return asked, artefact.budgets[asked], [word for word in overrides if not word.startswith("budget=")]
+    if artefact.bench is not None:
+        raise UserError(f"budget={asked} is not one of {', '.join(artefact.budgets)}, which {artefact.name} can take")
+    parse_tokens(asked, dict.fromkeys(artefact.budgets, 1))
     return asked, artefact.budgets[DEFAULT_BUDGET], list(overrides)
 
 
