@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -57,7 +58,8 @@ def label(cell: str) -> str:
 
 
 def bench_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row for each cell, size, length and protocol; repeats are pooled (median, with the spread over them).
+    """One row for each cell, size, length and protocol: of the batches that were measured, the fastest one; its repeats are
+    pooled (median, with the spread over them).
 
     Columns: model, size, seq_len, protocol, batch, parameters, tps, spread (half the range of windows and repeats over the
     median, %), mfu and share_of_matmul (%), peak_gib, first_step_s, status.
@@ -68,7 +70,7 @@ def bench_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         groups.setdefault(key, []).append(record)
     rows = []
     for (cell, size, seq_len, protocol), members in groups.items():
-        done = [record for record in members if record["status"] == "done"]
+        done = _best_batch([record for record in members if record["status"] == "done"])
         row = {
             "cell": cell,
             "model": label(cell),
@@ -103,6 +105,15 @@ def bench_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     order = {size: number for number, size in enumerate(SIZES)}
     rows.sort(key=lambda row: (order.get(row["size"], 9), row["protocol"], row["seq_len"]))
     return pd.DataFrame(rows)
+
+
+def _best_batch(done: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of the batch with the highest median tokens/s."""
+    speeds: dict[int, list[float]] = {}
+    for record in done:
+        speeds.setdefault(record["batch"], []).append(record["tps"])
+    best = max(speeds, key=lambda batch: median(speeds[batch]), default=None)
+    return [record for record in done if record["batch"] == best]
 
 
 def goals(frame: pd.DataFrame) -> pd.DataFrame:
