@@ -21,6 +21,7 @@ from flowhn.run_folder import (
     tokenizer_hash,
     write_json,
 )
+from flowhn.run_tracking import LOGGER, logger_options
 from flowhn.runs import Progress, Run, process_rank
 
 
@@ -181,12 +182,7 @@ def _loggers(run: Run) -> list[Any]:
     made = []
     for name, spec in run.config["logger"].items():
         options = {"save_dir": str(run.folder)}
-        if name == "wandb":
-            options |= {
-                "name": run.name,
-                "id": run.run_id,
-                "offline": not os.environ.get("WANDB_API_KEY"),
-                "config": run.config,
-            }
+        if name == LOGGER:
+            options |= logger_options(run)
         made.append(instantiate(spec, _convert_="all")(**options))
     return made

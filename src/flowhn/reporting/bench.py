@@ -6,9 +6,6 @@ A record is a JSON object: what was asked (``case, cell, size, seq_len, protocol
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -17,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from flowhn.errors import UserError
+from flowhn.reporting.sealed import read_sealed, write_sealed
 from flowhn.reporting.style import long_name
 
 SCHEMA = "flowhn-bench-1"
@@ -43,33 +41,14 @@ _LABELS = {
 GOAL_LENGTH = (8192, 85.0)  # at that length, % of FAC's tokens/s at 1,024
 
 
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def write_bench_record(path: Path, content: Mapping[str, Any]) -> None:
     """Write a record atomically, with the hash that :func:`read_bench_record` checks."""
-    content = {"schema": SCHEMA, **content}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_sealed(path, content, schema=SCHEMA)
 
 
 def read_bench_record(path: Path) -> dict[str, Any]:
-    """Read and check a record.
-
-    Raises:
-        UserError: it is missing, not JSON, of another schema, or was edited.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        told = content.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"the record {path} cannot be read ({error}); delete it to measure again") from error
-    if content.get("schema") != SCHEMA or told != _digest(content):
-        raise UserError(f"the record {path} was edited or is of another schema; delete it to measure again")
-    return content
+    """Read and check a record; raises UserError as :func:`~flowhn.reporting.sealed.read_sealed`."""
+    return read_sealed(path, schema=SCHEMA)
 
 
 def find_bench_records(folder: Path) -> list[dict[str, Any]]:
@@ -218,7 +197,8 @@ def _length_goal(optimised: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-def _text(frame: pd.DataFrame) -> pd.DataFrame:
+def readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """A :func:`bench_table` with its numbers as text and heads for readers."""
     formats = {
         "batch": "{:.0f}", "parameters": "{:,.0f}", "tps": "{:,.0f}", "spread": "{:.1f}", "mfu": "{:.1f}",
         "share_of_matmul": "{:.1f}", "peak_gib": "{:.1f}", "first_step_s": "{:.0f}",
@@ -262,7 +242,7 @@ def write_bench(records: Sequence[Mapping[str, Any]], folder: Path, *, title: st
         "(forward, backward, clipping, AdamW) on uniformly random token ids; the median of the timed windows. ± is half the "
         "range over all windows. MFU is against the device's dense datasheet peak, the next column against a matrix product "
         "measured in the same process.",
-        _text(frame).to_markdown(index=False, disable_numparse=True),
+        readable(frame).to_markdown(index=False, disable_numparse=True),
     ]
     reached = goals(frame)
     if not reached.empty and "H200" in str(first["device"]["name"]):
