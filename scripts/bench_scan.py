@@ -3,7 +3,7 @@
     python scripts/bench_scan.py                                # all shapes, all tilings
     python scripts/bench_scan.py --shapes 64,447,1536,16 --tiles 8,8,64,1,64,1,1 --profile
 
-A tiling is chunk, forward_chunk, forward_channels, forward_warps, backward_channels, backward_warps, keep_states.
+A tiling is chunk, forward_chunk, forward_channels, forward_warps, backward_channels, backward_warps, keep_states, segments.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from flowhn.models.kernels import kernel_status
 from flowhn.models.mixers.scan import selective_scan
 from flowhn.models.mixers.scan_triton import DEFAULT_TILES, Tiles, triton_scan
 
-SHAPES = ["64,447,1536,16", "32,447,1536,16", "16,447,4096,16", "32,1024,1536,16"]
+SHAPES = ["128,447,1536,16", "64,447,1536,16", "16,447,4096,16", "32,1024,1536,16", "8,4096,1536,16"]
 FORWARD = [(8, 32, 1), (8, 64, 1), (8, 128, 1), (16, 32, 1), (16, 64, 1), (8, 128, 4), (8, 128, 2)]
 BACKWARD = [(8, 32, 1), (8, 64, 1), (8, 128, 1), (16, 32, 1), (4, 64, 1), (4, 128, 1), (8, 128, 4), (8, 128, 2)]
 
@@ -33,6 +34,7 @@ def tilings() -> list[Tiles]:
         found += [
             Tiles(chunk, forward, DEFAULT_TILES.forward_channels, 1, channels, warps, keep) for keep in (True, False)
         ]
+    found += [replace(DEFAULT_TILES, segments=number) for number in (1, 2, 3, 4, 8, 16)]
     return list(dict.fromkeys(found))
 
 
@@ -102,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     chosen = tilings()
     if args.tiles:
-        chosen = [Tiles(*values[:6], bool(values[6])) for values in (parse(text) for text in args.tiles)]
+        chosen = [Tiles(*values[:6], bool(values[6]), *values[7:]) for values in (parse(text) for text in args.tiles)]
     for shape in map(parse, args.shapes):
         print(f"shape {shape}, {math.prod(shape) / 1e6:.0f}M state updates, {args.dtype}", flush=True)
         leaves, dy = make_inputs(shape, getattr(torch, args.dtype))

@@ -6,6 +6,7 @@ python scripts/refresh_experiments.py --check    only tell what is not up to dat
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -13,8 +14,11 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from flowhn.reporting.ablations import ABLATIONS, COMMAND, README, overview, settings, write_ablation
 from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import find_bench_records, write_bench
+from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
+from flowhn.reporting.branches import find_measurements, write_branches
 from flowhn.reporting.record import find_records
 from flowhn.reporting.tables import table1
 
@@ -56,12 +60,33 @@ def block() -> str:
 
 def redraw(source: Path, target: Path) -> None:
     """Write the tables and figures of ``experiments/<artefact>/<setting>`` into ``target``, from its records."""
-    artefact = yaml.safe_load(
-        (ROOT / "configs" / "artefacts" / f"{source.parent.name}.yaml").read_text(encoding="utf-8")
-    )
+    name = source.parent.name
+    if name == "bench":
+        return redraw_bench(source, target)
+    if name == "branches":
+        return redraw_branches(source, target)
+    artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if name in ABLATIONS:
+        if source != target:
+            shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("table.*", "*.png"))
+        command = (source / COMMAND).read_text(encoding="utf-8").strip()
+        write_ablation(name, target, title=artefact["title"], command=command)
+        return None
     records = find_records(source / "records")
     cells = [cell for cell in artefact["cells"] if any(record.cell == cell for record in records)]
-    write_artefact(records, target, title=artefact["title"], figures=artefact["figures"], expected=cells)
+    if source != target and (source / "overlap.json").is_file():
+        shutil.copyfile(source / "overlap.json", target / "overlap.json")
+    write_artefact(
+        records, target, title=artefact["title"], figures=artefact["figures"], expected=cells,
+        tables=artefact.get("tables", ["verdicts"]), gap=artefact.get("gap"),
+    )  # fmt: skip
+    return None
+
+
+def readme_of(folder: Path) -> str:
+    """What README.md of an ablation's folder should be."""
+    artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{folder.name}.yaml").read_text(encoding="utf-8"))
+    return overview(folder.name, folder, artefact)
 
 
 def redraw_bench(source: Path, target: Path) -> None:
@@ -70,18 +95,28 @@ def redraw_bench(source: Path, target: Path) -> None:
     write_bench(find_bench_records(source / "records"), target, title=case["title"])
 
 
-def settings() -> list[Path]:
+def redraw_branches(source: Path, target: Path) -> None:
+    """Write the table and figure of ``experiments/branches/<setting>`` into ``target``, from its measurements."""
+    artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / "branches.yaml").read_text(encoding="utf-8"))
+    write_branches(find_measurements(source / MEASUREMENTS), target, title=artefact["title"])
+
+
+def all_settings() -> list[Path]:
     """The folders below experiments/ that hold records."""
-    known = {path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")} | {"bench"}
-    return [
-        path.parent for path in sorted((ROOT / "experiments").glob("*/*/records")) if path.parent.parent.name in known
-    ]
+    known = sorted({path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")} | {"bench"})
+    measured = [path.parent for path in sorted((ROOT / "experiments" / "branches").glob(f"*/{MEASUREMENTS}"))]
+    return [setting for name in known for setting in settings(ROOT / "experiments" / name)] + measured
+
+
+def ablations() -> list[Path]:
+    """The folders of ablations that have a setting with records."""
+    return [folder for name in ABLATIONS if settings(folder := ROOT / "experiments" / name)]
 
 
 def stale(source: Path) -> list[str]:
     """Names of the text files of a folder that its records would not give (pictures differ by matplotlib's version)."""
     with tempfile.TemporaryDirectory() as folder:
-        (redraw_bench if source.parent.name == "bench" else redraw)(source, Path(folder))
+        redraw(source, Path(folder))
         fresh = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.suffix in (".md", ".csv")}
     return [name for name, content in fresh.items() if (source / name).read_bytes() != content]
 
@@ -97,14 +132,21 @@ def readme() -> tuple[str, str]:
 def main() -> int:
     """Write, or check and say what is stale."""
     if "--check" in sys.argv[1:]:
-        found = [f"{source.relative_to(ROOT)}/{name}" for source in settings() for name in stale(source)]
+        found = [f"{source.relative_to(ROOT)}/{name}" for source in all_settings() for name in stale(source)]
+        found += [
+            f"{folder.relative_to(ROOT)}/{README}"
+            for folder in ablations()
+            if not (folder / README).is_file() or (folder / README).read_text(encoding="utf-8") != readme_of(folder)
+        ]
         old, new = readme()
         found += ["README.md"] if old != new else []
         for name in found:
             print(f"{name} is not what the committed records give; run scripts/refresh_experiments.py")
         return int(bool(found))
-    for source in settings():
-        (redraw_bench if source.parent.name == "bench" else redraw)(source, source)
+    for source in all_settings():
+        redraw(source, source)
+    for folder in ablations():
+        (folder / README).write_text(readme_of(folder), encoding="utf-8")
     (ROOT / "README.md").write_text(readme()[1], encoding="utf-8")
     return 0
 

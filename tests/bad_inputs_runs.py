@@ -209,12 +209,11 @@ def records(stage: Stage, place: Path, rng: random.Random) -> Bad:
 @kind("records in a table", 4)
 def table_records(stage: Stage, place: Path, rng: random.Random) -> Bad:
     """The broken record of one cell: the table must not be drawn from it."""
-    from flowhn.reproduce import _artefact, _plan_cells
+    from flowhn.artefacts import load_artefact, plan_cells
 
     own = [word for word in BASE_OF_TABLE if "=" in word]
     words = [*own, f"output_dir={place / 'out'}", f"cache_dir={stage.cache}", "models=[llama]"]
-    wanted, _ = _plan_cells(*_artefact("table1"), words)
-    run = wanted["llama"]
+    run = plan_cells(load_artefact("table1"), words).wanted["llama"]
     run.folder.mkdir(parents=True)
     shutil.copyfile(stage.random_run / "record.json", run.record_path)  # it belongs to another run
     how = rng.choice(("another run's", "cut", "foreign"))

@@ -67,6 +67,9 @@ def interpreted_cases():
         (17, 12, 8, torch.bfloat16, whole),
         (9, 6, 16, torch.float32, replace(whole, keep_states=False)),
         (10, 9, 2, torch.bfloat16, replace(SMALL, keep_states=False)),
+        (30, 6, 4, torch.float32, replace(SMALL, segments=3)),
+        (17, 5, 3, torch.float32, replace(SMALL, segments=2, keep_states=False)),
+        (16, 9, 2, torch.bfloat16, replace(whole, segments=2)),
     ):
         leaves, dy = case(n_tokens, width, n_states, dtype)
         expected = wanted(leaves, dy)
@@ -100,7 +103,7 @@ def test_scan_in_the_interpreter():
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("T ") == 5
+    assert done.stdout.count("T ") == 8
 
 
 def test_no_tokens_need_no_kernel():
@@ -180,6 +183,8 @@ OTHER_TILES = [
     replace(DEFAULT_TILES, keep_states=False),
     Tiles(8, 16, 32, 1, 32, 1),
     Tiles(8, 8, 128, 4, 128, 4),
+    replace(DEFAULT_TILES, segments=1),
+    replace(DEFAULT_TILES, segments=3, keep_states=False),
 ]
 GPU_SHAPES = [  # tokens, channels, states
     (1, 100, 16), (2, 64, 8), (3, 96, 16), (7, 1, 16), (64, 129, 16), (255, 100, 32), (447, 300, 16), (1025, 70, 5),

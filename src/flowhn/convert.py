@@ -1,9 +1,11 @@
-"""``flowhn-convert``: weights of the paper's published code as a folder that flowhn loads.
+"""``flowhn-convert``: weights of the paper's published code as a folder that flowhn loads; a checkpoint as one file.
 
     flowhn-convert published WEIGHTS.safetensors|.pth --config CONFIG.json --out DIR
+    flowhn-convert checkpoint outputs/runs/NAME/checkpoints/step-00000120.ckpt --out FILE.safetensors
 
 CONFIG.json holds the keys of :class:`flowhn.models.convert.published.PublishedConfig`. DIR is then loaded like a finished
-run: ``flowhn.load(DIR)``. A ``.pth`` is read with ``weights_only=True``; nothing in it is ever executed.
+run: ``flowhn.load(DIR)``. A ``.pth`` is read with ``weights_only=True``; nothing in it is ever executed. A checkpoint is a
+file, or the folder that sharded training (trainer=fsdp) on any number of devices wrote.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ def _main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="flowhn-convert", description="Turn weights of another implementation into ours.", allow_abbrev=False
     )
-    kinds = parser.add_subparsers(dest="source", required=True, metavar="published")
+    kinds = parser.add_subparsers(dest="source", required=True, metavar="published|checkpoint")
     published = kinds.add_parser(
         "published",
         help="the paper's published code (Parallel-Hybrid-Model), modes A to D",
@@ -50,10 +52,42 @@ def _main(argv: Sequence[str]) -> int:
     published.add_argument("weights", type=Path, help="its state dict: a .safetensors or a .pth file")
     published.add_argument("--config", type=Path, required=True, help="its config: a JSON object with mode and sizes")
     published.add_argument("--out", type=Path, required=True, help="folder to write, made if it is not there")
+    checkpoint = kinds.add_parser(
+        "checkpoint",
+        help="a checkpoint of a run, also a sharded one",
+        description="Write the weights of a checkpoint, sharded or not, as one safetensors file.",
+        allow_abbrev=False,
+    )
+    checkpoint.add_argument("path", type=Path, help="outputs/runs/NAME/checkpoints/step-....ckpt")
+    checkpoint.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     args = parser.parse_args(list(argv))
-    convert_published(args.weights, args.config, args.out)
+    if args.source == "checkpoint":
+        convert_checkpoint(args.path, args.out)
+    else:
+        convert_published(args.weights, args.config, args.out)
     sys.stdout.write(f"written: {args.out}\n")
     return 0
+
+
+def convert_checkpoint(path: Path, out: Path) -> None:
+    """Write the network's weights in a checkpoint as one safetensors file, by the names of ``model.safetensors`` of a run.
+
+    Args:
+        path: a file, or the folder of a sharded checkpoint; its hashes are checked.
+        out: the file; its folder is made if it is not there.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or a disk that cannot be written.
+    """
+    from flowhn.run_folder import save_tensors
+    from flowhn.training.checkpoints import read_weights
+
+    prefix = "net."  # the network is the LightningModule's attribute of that name
+    weights = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UserError(f"--out={out} has to be a file that ends with .safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(weights, out)
 
 
 def convert_published(weights: Path, config: Path, out: Path) -> None:

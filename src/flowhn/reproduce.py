@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from flowhn import run_report
+from flowhn.artefacts import Artefact, Plan, artefact_files, load_artefact, plan_cells
 from flowhn.cli import run_entry
-from flowhn.config import compose, config_dir, nearest
 from flowhn.errors import UserError
-from flowhn.runs import Run, plan
+from flowhn.run_tracking import track_artefact
+from flowhn.runs import Run
 
 EPILOG = """examples:
   ./reproduce.sh                                                Table 1 at laptop scale, from nothing
   ./reproduce.sh table1 size=135m data=slimpajama eval=paper budget=paper    the paper's own setting (one GPU)
   ./reproduce.sh table1 models=[llama,flowhn_fac] seeds=[0,1]   some cells, two seeds
+  ./reproduce.sh ablation_split ablation_ratio                  two ablations; runs that they share are trained once
   ./reproduce.sh --dry-run table1 size=1b                       what would run: parameters, tokens, disk
 """
 
@@ -33,25 +36,53 @@ def _main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     if args.list:
         return _list()
-    name, artefact = _artefact(args.artefact)
-    wanted, others = _plan_cells(name, artefact, args.overrides)
+    if run_report.NAME in args.artefacts:
+        _say(f"written: {run_report.make_report(args.overrides)}")
+        return 0
+    return max([_make(load_artefact(name), args) for name in args.artefacts])
+
+
+def _make(artefact: Artefact, args: argparse.Namespace) -> int:
+    """One artefact, from its missing runs to its folder; returns the exit code."""
+    if artefact.bench is not None:
+        return _make_timed(artefact, args)
+    wanted = plan_cells(artefact, args.overrides)
     if args.dry_run:
-        return _dry_run(name, wanted)
+        return _dry_run(artefact.name, wanted.wanted)
     if args.force:
-        for run in wanted.values():
+        for run in wanted.wanted.values():
             shutil.rmtree(run.folder, ignore_errors=True)
-    failed = _run_missing(artefact, wanted)
-    folder = _write(name, artefact, wanted, others)
+    failed = _run_missing(artefact.title, wanted.wanted)
+    folder = _write(artefact, wanted, _command(artefact, args))
+    _show(artefact, folder, keep=args.keep)
     if folder is not None:
-        _show(folder)
-    if args.keep and folder is not None:
-        kept = Path("experiments") / name / folder.name
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(folder, kept)
-        sys.stdout.write(f"kept in {kept}: commit it to share the result\n")
+        track_artefact(artefact.name, folder, next(iter(wanted.wanted.values())).config, say=_say)
     for cell, reason in failed.items():
         sys.stderr.write(f"error: {cell} has no record: {reason}\n")
     return 2 if failed else 0
+
+
+def _make_timed(artefact: Artefact, args: argparse.Namespace) -> int:
+    """An artefact that flowhn-bench times."""
+    from flowhn.reporting.ablations import write_ablation
+    from flowhn.timed_artefacts import bench_words, collect, command, measure
+
+    budget, words = bench_words(artefact, args.overrides)
+    if args.dry_run:
+        sys.stdout.write(f"{artefact.name}: {command(words)}\n")
+        return 0
+    code = measure(words, force=args.force)
+    folder = collect(artefact, budget, words)
+    if folder is not None:
+        write_ablation(artefact.name, folder, title=artefact.title, command=_command(artefact, args))
+    _show(artefact, folder, keep=args.keep)
+    return code
+
+
+def _command(artefact: Artefact, args: argparse.Namespace) -> str:
+    """The command that makes this again, without what is only about this machine's folders."""
+    words = [word for word in args.overrides if not word.startswith(("output_dir=", "cache_dir="))]
+    return shlex.join(["./reproduce.sh", artefact.name, *words])
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -62,94 +93,29 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("artefact", nargs="?", default="table1", help="what to make (see --list); default: table1")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="Hydra overrides; also models=[...] seeds=[...]"
-    )
+        "words", nargs="*", metavar="artefact | key=value",
+        help="what to make, one or more (see --list; default: table1), and Hydra overrides; also models=[...] seeds=[...]",
+    )  # fmt: skip
     parser.add_argument("--list", action="store_true", help="the artefacts and the paper's claim behind each")
     parser.add_argument("--dry-run", action="store_true", help="show the runs, their size and which records exist")
     parser.add_argument("--force", action="store_true", help="run again although records exist (they are deleted)")
     parser.add_argument("--keep", action="store_true", help="copy table, figures and records to experiments/")
     args = parser.parse_intermixed_args(list(argv))
-    if "=" in args.artefact:
-        args.overrides.insert(0, args.artefact)
-        args.artefact = "table1"
+    args.artefacts = [word for word in args.words if "=" not in word] or ["table1"]
+    args.overrides = [word for word in args.words if "=" in word]
     return args
 
 
-def _artefacts() -> dict[str, Path]:
-    return {path.stem: path for path in sorted((config_dir() / "artefacts").glob("*.yaml"))}
-
-
-def _artefact(name: str) -> tuple[str, dict[str, Any]]:
-    known = _artefacts()
-    if name not in known:
-        raise UserError(f"there is no artefact {name}; {nearest(name, known)}")
-    return name, OmegaConf.to_container(OmegaConf.load(known[name]))
-
-
 def _list() -> int:
-    for name, path in _artefacts().items():
-        artefact = OmegaConf.load(path)
-        sys.stdout.write(f"{name:<20} {artefact.title}\n{'':<20} {artefact.claim}\n")
+    for name in artefact_files():
+        artefact = load_artefact(name)
+        sys.stdout.write(f"{name:<20} {artefact.title}\n{'':<20} {artefact.question or artefact.claim}\n")
+    _say(f"{run_report.NAME:<20} {run_report.TITLE}")
     return 0
 
 
-def _selection(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str] | None, list[str]]:
-    """Take ``models=[a,b]`` (or ``model=a``) out of the overrides; returns the chosen names and the rest."""
-    chosen, rest = None, []
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key in keys:
-            chosen = [item.strip() for item in value.strip("[]").split(",") if item.strip()]
-        else:
-            rest.append(override)
-    return chosen, rest
-
-
-def _plan_cells(name: str, artefact: dict[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Run], dict[str, Run]]:
-    """The runs asked for, and the artefact's other cells (their records, where they exist, stay in the table)."""
-    models, overrides = _selection(overrides, ("models", "model"))
-    seeds, overrides = _selection(overrides, ("seeds",))
-    cells = artefact["cells"]
-    for cell in models or ():
-        if cell not in cells:
-            raise UserError(f"models={cell} is not a cell of {name}; {nearest(cell, cells)}")
-    if models is not None and not models:
-        raise UserError(f"models=[] selects nothing; choose from {', '.join(cells)}")
-    if seeds is not None and not (seeds and all(seed.isdigit() for seed in seeds)):
-        raise UserError(f"seeds={','.join(seeds)} must be whole numbers, for example seeds=[0,1,2]")
-    _refuse_what_cells_set(name, cells, overrides)
-    wanted: dict[str, Run] = {}
-    others: dict[str, Run] = {}
-    for cell in cells:
-        for seed in seeds or [None]:
-            own = [*artefact["overrides"], *cells[cell], *overrides, f"cell={cell}", f"artefact={name}"]
-            own += [] if seed is None else [f"seed={seed}"]
-            label = cell if seed is None else f"{cell} seed {seed}"
-            into = wanted if models is None or cell in models else others
-            into[label] = plan(compose("train", _last_wins(own)))
-    return wanted, others
-
-
-def _refuse_what_cells_set(name: str, cells: dict[str, list[str]], overrides: Sequence[str]) -> None:
-    """A key in which the cells differ is not the user's: the rows would keep their names and all be the same model."""
-    own = {override.partition("=")[0]: cell for cell, words in cells.items() for override in words}
-    for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        if key in own or key in ("cell", "artefact"):
-            raise UserError(
-                f"{override} would make the rows of {name} the same model under other names; select rows with models=[...], or "
-                f"train one model with flowhn-train {override}"
-            )
-
-
-def _last_wins(overrides: Sequence[str]) -> list[str]:
-    """Hydra refuses a group given twice; here the user's word replaces the artefact's."""
-    return list({override.partition("=")[0]: override for override in overrides}.values())
-
-
-def _run_missing(artefact: dict[str, Any], runs: dict[str, Run]) -> dict[str, str]:
+def _run_missing(title: str, runs: dict[str, Run]) -> dict[str, str]:
     """Run every cell without a record; returns the reason for each that failed."""
     missing = {cell: run for cell, run in runs.items() if run.record() is None}
     if not missing:
@@ -159,7 +125,7 @@ def _run_missing(artefact: dict[str, Any], runs: dict[str, Run]) -> dict[str, st
 
     failed: dict[str, str] = {}
     workshop = Workshop()
-    with Display(title=artefact["title"], n_runs=len(missing)) as display:
+    with Display(title=title, n_runs=len(missing)) as display:
         for cell, run in missing.items():
             watch = display.watch(cell)
             workshop.prepare(run.config, watch)  # bad data stops everything: every cell reads the same
@@ -224,24 +190,76 @@ def _bytes(n: float) -> str:
     return f"{n:,.1f} GB"
 
 
-def _write(name: str, artefact: dict[str, Any], wanted: dict[str, Run], others: dict[str, Run]) -> Path | None:
-    """Tables and figures of an artefact from its records; returns their folder, None without any record."""
-    from flowhn.reporting.artefact import write_artefact
+def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
+    """Tables and figures of an artefact from its records; returns their folder, None without any record.
 
-    records = [record for run in (*wanted.values(), *others.values()) if (record := run.record()) is not None]
+    A run that another artefact trained first keeps its record; here it counts as the cell that it is here.
+    """
+    from flowhn.reporting.ablations import write_ablation
+    from flowhn.reporting.artefact import keep_records, write_artefact
+    from flowhn.run_branches import measure_runs
+
+    records = [
+        replace(record, cell=run.config["cell"])
+        for run in (*runs.wanted.values(), *runs.others.values())
+        if (record := run.record()) is not None
+    ]
     if not records:
         return None
-    config = next(iter(wanted.values())).config
+    config = next(iter(runs.wanted.values())).config
     choices = config["choices"]
-    folder = Path(config["output_dir"]) / name / f"{choices['size']}-{choices['data']}-{config['budget']}"
-    expected = list(dict.fromkeys(run.config["cell"] for run in wanted.values()))
-    write_artefact(records, folder, title=artefact["title"], figures=artefact["figures"], expected=expected)
+    folder = Path(config["output_dir"]) / artefact.name / f"{choices['size']}-{choices['data']}-{runs.budget}"
+    if artefact.measure is not None:
+        return measure_runs({**runs.wanted, **runs.others}, folder, title=artefact.title)
+    if artefact.question is not None:
+        keep_records(records, folder / "records")
+        write_ablation(artefact.name, folder, title=artefact.title, command=command)
+    else:
+        expected = list(dict.fromkeys(run.config["cell"] for run in runs.wanted.values()))
+        _count_overlap(config, folder)
+        write_artefact(
+            records, folder, title=artefact.title, figures=artefact.figures, expected=expected,
+            tables=artefact.tables, gap=artefact.gap,
+        )  # fmt: skip
     return folder
 
 
-def _show(folder: Path) -> None:
+def _count_overlap(config: dict[str, Any], folder: Path) -> None:
+    """Put beside the table how much of the questions stands in the training text, where both are at hand."""
+    from flowhn.overlap_report import is_counted, write_overlap
+
+    if not is_counted(config):
+        return
+    from flowhn.experiment import Workshop
+
+    try:
+        write_overlap(config, Workshop(), folder)
+    except UserError as error:  # text or questions are gone since the runs: an earlier count stays
+        sys.stderr.write(f"the overlap of questions and training text was not counted: {error}\n")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+
+
+def _show(artefact: Artefact, folder: Path | None, *, keep: bool) -> None:
+    """Print the table, and copy the folder to experiments/ where that was asked for."""
+    from flowhn.reporting.ablations import write_overview
+
+    if folder is None:
+        return
+    about = {"title": artefact.title, "question": artefact.question, "claim": artefact.claim}
     sys.stdout.write((folder / "table.md").read_text(encoding="utf-8"))
     sys.stdout.write("\nwritten:\n" + "".join(f"  {path}\n" for path in sorted(folder.iterdir())))
+    if artefact.question is not None:
+        sys.stdout.write(f"  {write_overview(artefact.name, folder.parent, about)}\n")
+    if keep:
+        kept = Path("experiments") / artefact.name / folder.name
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(folder, kept)
+        if artefact.question is not None:
+            write_overview(artefact.name, kept.parent, about)
+        sys.stdout.write(f"kept in {kept}: commit it to share the result\n")
 
 
 if __name__ == "__main__":

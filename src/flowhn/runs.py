@@ -58,8 +58,12 @@ class Run:
 
 
 def process_rank() -> int:
-    """Number of this process among those of one run: 0 for the first or only one. Set by torchrun, Slurm or Lightning."""
-    return next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
+    """Number of this process among those of one run: 0 for the first or only one. Set by torchrun, Slurm or Lightning.
+
+    Without torchrun and Slurm each node's first process starts the others there; on later nodes any number above 0 does.
+    """
+    given = next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
+    return given if "RANK" in os.environ or given else int(os.environ.get("NODE_RANK", 0))
 
 
 def cell_name(config: Mapping[str, Any]) -> str:
@@ -77,7 +81,15 @@ def plan(cfg: DictConfig) -> Run:
         raise UserError(f"seed={config['seed']} must be at most {_LARGEST_SEED}")
     run_id = config_hash(identity(config))
     name = f"{cell_name(config)}-{config['choices']['size']}-{config['budget']}-s{config['seed']}"
-    return Run(config, run_id, name, Path(config["output_dir"]) / "runs" / f"{name}-{run_id}")
+    return Run(config, run_id, name, _folder(Path(config["output_dir"]) / "runs", name, run_id))
+
+
+def _folder(runs: Path, name: str, run_id: str) -> Path:
+    """The run's own folder, or that of the same run under another name (a cell of another artefact): never trained twice."""
+    own = runs / f"{name}-{run_id}"
+    if own.is_dir():
+        return own
+    return next((path for path in sorted(runs.glob(f"*-{run_id}")) if path.is_dir()), own)
 
 
 def count_parameters(config: Mapping[str, Any]) -> int:

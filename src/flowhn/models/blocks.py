@@ -9,17 +9,26 @@ Letters: B batch, T tokens, D d_model, n tokens of one branch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from flowhn.errors import UserError
 from flowhn.models.cache import BlockCache, KVCache, SSMState
 from flowhn.models.norms import RMSNorm
-from flowhn.models.splits.base import BranchCost, Split, TokenSplit
+from flowhn.models.splits.base import BranchCost, Ranges, Split, TokenSplit, gather
 
 Carry = tuple[Tensor, Tensor] | None
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for the second branch of all blocks."""
+    return torch.cuda.Stream(device)
 
 
 class SwiGLU(nn.Module):
@@ -75,9 +84,22 @@ class SequentialBlock(nn.Module):
         self.mlp_norm = RMSNorm(d_model, eps=norm_eps) if d_ff else None
         self.mlp = SwiGLU(d_model=d_model, d_ff=d_ff) if d_ff else None
 
-    def forward(self, x: Tensor, carry: Carry = None, **mixer_options: Any) -> tuple[Tensor, Carry]:
-        """(B, T, D) -> (B, T, D), carry as it came. ``mixer_options`` (attention's positions) go to the mixer."""
-        x = x + self.mixer(self.mixer_norm(x), **mixer_options)
+    def forward(
+        self, x: Tensor, carry: Carry = None, *, queries: Ranges | None = None, **mixer_options: Any
+    ) -> tuple[Tensor, Carry]:
+        """(B, T, D) -> (B, T, D), carry as it came.
+
+        Args:
+            x: tokens in order.
+            queries: ascending ranges of tokens, of which alone there is an output (B, n, D); an attention mixer lets them
+                see all earlier tokens of x. None: all.
+            mixer_options: go to the mixer (attention's positions).
+        """
+        normed = self.mixer_norm(x)
+        if queries is None:
+            x = x + self.mixer(normed, **mixer_options)
+        else:
+            x = gather(x, queries) + self.mixer(normed, queries=queries, **mixer_options)
         if self.mlp is not None:
             x = x + self.mlp(self.mlp_norm(x))
         return x, carry
@@ -88,20 +110,44 @@ class SequentialBlock(nn.Module):
         return self.mixer.new_cache() if own is None else self.mixer.new_cache(window=own)
 
     def extend(
-        self, x: Tensor, cache: KVCache | SSMState, carry: Any = None, **mixer_options: Any
+        self,
+        x: Tensor,
+        cache: KVCache | SSMState,
+        carry: Any = None,
+        *,
+        queries: Ranges | None = None,
+        **mixer_options: Any,
     ) -> tuple[Tensor, Any]:
-        """(B, n, D) -> (B, n, D): n new tokens behind those in ``cache``; carry as it came."""
+        """(B, n, D) -> (B, n, D): n new tokens behind those in ``cache``; ``queries``, carry as in :meth:`forward`."""
+        if queries is not None:
+            mixer_options["queries"] = queries
         y = self.mixer.extend(self.mixer_norm(x), cache, **mixer_options)
-        x = x + (y[0] if isinstance(y, tuple) else y)
+        x = (x if queries is None else gather(x, queries)) + (y[0] if isinstance(y, tuple) else y)
         return x + self.mlp(self.mlp_norm(x)) if self.mlp is not None else x, carry
 
     def step_flops(self, n_before: int, *, window: int | None = None) -> int:
         """FLOPs of one decoded token behind ``n_before`` others; ``window`` is of no meaning here."""
         return self.mixer.step_flops(n_before) + (self.mlp.flops(1) if self.mlp is not None else 0)
 
-    def flops(self, n_tokens: int) -> int:
-        """Forward FLOPs of one sequence of ``n_tokens``."""
-        return self.mixer.flops(n_tokens) + (self.mlp.flops(n_tokens) if self.mlp is not None else 0)
+    def flops(self, n_tokens: int, *, queries: Ranges | None = None) -> int:
+        """Forward FLOPs of one sequence of ``n_tokens``; with ``queries`` of these, which also see other tokens."""
+        mixer = self.mixer.flops(n_tokens) if queries is None else self.mixer.flops(n_tokens, queries=queries)
+        return mixer + (self.mlp.flops(n_tokens) if self.mlp is not None else 0)
+
+
+@dataclass(frozen=True)
+class _AllKeysCost:
+    """FLOPs of n tokens in the attention branch when they see the keys of all earlier ones of a sequence of ``length``.
+
+    FAC_Split's window must be equally long in each block, so the dearest place counts: the end of the sequence.
+    """
+
+    layer: SequentialBlock
+    length: int
+
+    def __call__(self, n_tokens: int) -> int:
+        queries = ((self.length - n_tokens, self.length),) if n_tokens else ()
+        return self.layer.flops(n_tokens, queries=queries)
 
 
 class ParallelBlock(nn.Module):
@@ -125,6 +171,8 @@ class ParallelBlock(nn.Module):
         fusion: builds the fusion; called with ``d_model`` and ``full`` (both branches see all tokens).
         layer_idx: index of this block from 0 (the split may depend on it); n_layers: number of blocks.
         norm_eps: added to the mean square in the norms.
+        overlap: on CUDA, run the branches on two streams, so that the scan, which waits for memory, may run beside the
+            products of the attention branch (and so backwards); each branch is then compiled on its own.
     """
 
     def __init__(
@@ -139,10 +187,13 @@ class ParallelBlock(nn.Module):
         layer_idx: int = 0,
         n_layers: int = 1,
         norm_eps: float = 1e-6,
+        overlap: bool = False,
     ) -> None:
         super().__init__()
         layer = {"d_model": d_model, "d_ff": d_ff, "layer_idx": layer_idx, "n_layers": n_layers, "norm_eps": norm_eps}
-        self.layer_idx = layer_idx
+        if not isinstance(overlap, bool):
+            raise UserError(f"overlap={overlap} must be true or false")
+        self.layer_idx, self.overlap = layer_idx, overlap
         self.attention = SequentialBlock(mixer=attention, **layer)
         self.ssm = SequentialBlock(mixer=ssm, **layer)
         self.split = split
@@ -155,17 +206,59 @@ class ParallelBlock(nn.Module):
         """Whether a token's branch depends on the length of its sequence (a proportional split): padding would change it."""
         return not self.split.full and self.split.window is None
 
+    @property
+    def all_keys(self) -> bool:
+        """Whether attention's tokens see the keys and values of all earlier tokens, not only of their branch's."""
+        return self.split.keys == "all" and not self.split.full
+
+    def _cost(self, n_tokens: int) -> BranchCost:
+        """What the split balances, for a routing of ``n_tokens`` tokens."""
+        attn = _AllKeysCost(self.attention, n_tokens) if self.all_keys else self.attention.flops
+        return BranchCost(attn, self.ssm.flops)
+
     def token_split(self, n_tokens: int) -> TokenSplit:
         """The routing of ``n_tokens`` tokens in this block."""
-        return self.split(n_tokens, self.layer_idx, BranchCost(self.attention.flops, self.ssm.flops))
+        return self.split(n_tokens, self.layer_idx, self._cost(self.split.window or n_tokens))
 
     def forward(self, x: Tensor, carry: Carry = None) -> tuple[Tensor, Carry]:
         """(B, T, D) -> (B, T, D), carry as it came."""
         split = self.token_split(x.shape[1])
-        y_attn, _ = self.attention(split.gather_attn(x), positions=split.positions_attn(x.device))  # (B, n_attn, D)
+        if self.overlap and x.is_cuda:
+            return self._join(x, *self._side_by_side(x, split), split), carry
+        y_attn = self._attend(x, split)
         y_ssm, _ = self.ssm(split.gather_ssm(x))  # (B, n_ssm, D)
+        return self._join(x, y_attn, y_ssm, split), carry
+
+    def _attend(self, x: Tensor, split: TokenSplit) -> Tensor:
+        """The attention branch's output: (B, T, D) -> (B, n_attn, D)."""
+        if self.all_keys:
+            return self.attention(x, queries=split.attn)[0]
+        return self.attention(split.gather_attn(x), positions=split.positions_attn(x.device))[0]
+
+    def _join(self, x: Tensor, y_attn: Tensor, y_ssm: Tensor, split: TokenSplit) -> Tensor:
+        """What follows the branches: (B, T, D) -> (B, T, D)."""
         x = x + self.fusion(y_attn, y_ssm, split)
-        return x + self.proj(self.norm(x)), carry
+        return x + self.proj(self.norm(x))
+
+    def _side_by_side(self, x: Tensor, split: TokenSplit) -> tuple[Tensor, Tensor]:
+        """Both branches' outputs, the SSM's computed on a stream of its own; autograd goes back on the same streams."""
+        here, aside = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            y_ssm, _ = self.ssm(split.gather_ssm(x))  # (B, n_ssm, D)
+        y_attn = self._attend(x, split)
+        here.wait_stream(aside)
+        y_ssm.record_stream(here)  # its memory belongs to the other stream
+        return y_attn, y_ssm
+
+    def compile(self, **options: Any) -> None:
+        """As ``nn.Module.compile``; with ``overlap`` the branches and what joins them, because a graph has one stream."""
+        if not self.overlap:
+            super().compile(**options)
+            return
+        self.attention.compile(**options)
+        self.ssm.compile(**options)
+        self._join = torch.compile(self._join, **options)
 
     def new_cache(self, *, window: int | None = None) -> BlockCache:
         """Empty caches of both branches.
@@ -189,7 +282,9 @@ class ParallelBlock(nn.Module):
         start = cache.seen
         split = self._section(start, start + x.shape[1], cache.window)
         y_attn, y_ssm = split.gather_attn(x), split.gather_ssm(x)
-        if split.n_attn:
+        if self.all_keys:  # also when none of them asks: later tokens will see their keys
+            y_attn, _ = self.attention.extend(x, cache.attention, queries=split.attn)
+        elif split.n_attn:
             positions = start + split.positions_attn(x.device)
             y_attn, _ = self.attention.extend(y_attn, cache.attention, positions=positions)
         if split.n_ssm:
@@ -199,7 +294,7 @@ class ParallelBlock(nn.Module):
         return x + self.proj(self.norm(x)), carry
 
     def _section(self, start: int, stop: int, window: int | None) -> TokenSplit:
-        cost = BranchCost(self.attention.flops, self.ssm.flops)
+        cost = self._cost(self.split.period(window))
         return self.split.section(start, stop, self.layer_idx, cost, window=window)
 
     def step_flops(self, n_before: int, *, window: int | None = None) -> int:
@@ -207,11 +302,15 @@ class ParallelBlock(nn.Module):
         split = self._section(n_before, n_before + 1, window)
         flops = self.fusion.flops(1) + 2 * self.proj.weight.numel()
         if split.n_attn:
-            flops += self.attention.step_flops(self._section(0, n_before, window).n_attn)
+            seen = n_before if self.all_keys else self._section(0, n_before, window).n_attn
+            flops += self.attention.step_flops(seen)
+        elif self.all_keys:
+            flops += self.attention.mixer.key_flops(1)
         return flops + (self.ssm.step_flops(n_before) if split.n_ssm else 0)
 
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of one sequence of ``n_tokens``: each branch on its own tokens."""
         split = self.token_split(n_tokens)
-        branches = self.attention.flops(split.n_attn) + self.ssm.flops(split.n_ssm)
+        queries = split.attn if self.all_keys else None
+        branches = self.attention.flops(split.n_attn, queries=queries) + self.ssm.flops(split.n_ssm)
         return branches + self.fusion.flops(n_tokens) + 2 * self.proj.weight.numel() * n_tokens

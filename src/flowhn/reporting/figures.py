@@ -83,7 +83,7 @@ def figure4(
             style.sizes_in_order({*ours, *theirs}),
             any(m is not None for v in ours.values() for _, m in v.values()),
         )
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def loss_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
@@ -96,15 +96,17 @@ def loss_figure(records: Iterable[RunRecord], path: Path | None = None, *, size:
 
 
 def loss_vs_time_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
-    """Validation loss over seconds of training (validation and checkpoints left out); raises as :func:`loss_figure`."""
-    return _loss_over(
-        records,
-        path,
-        size,
-        "Training time (s)",
-        lambda cell, point: point[2],
-        FuncFormatter(lambda value, _: f"{value:,g}"),
-    )
+    """Validation loss over seconds of training at each model's measured speed; raises as :func:`loss_figure`.
+
+    Tokens over the run's median tokens/s, so that compilation, which is most of a short run's clock, and validation are
+    left out. A run without a measured speed is drawn by its own clock.
+    """
+
+    def seconds(cell: Cell, point: Sequence[float]) -> float | None:
+        return point[0] / cell.tps if cell.tps else point[2]
+
+    label = "Training time (s) at the measured speed, without compilation"
+    return _loss_over(records, path, size, label, seconds, FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def loss_vs_flops_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
@@ -230,7 +232,7 @@ def _loss_over(
         figure.legend(
             loc="outside right center", frameon=False, title="Model, final loss", title_fontsize=7.5, handlelength=3.2
         )
-        return _save(figure, path)
+        return save(figure, path)
 
 
 def _loss_lines(axes: Axes, lines: Sequence[tuple[Cell, list[float], list[list[float]]]]) -> None:
@@ -264,7 +266,8 @@ def _unigram_line(axes: Axes, cells: Mapping[str, Cell]) -> None:
         )  # fmt: skip
 
 
-def _save(figure: Figure, path: Path | None) -> Figure:
+def save(figure: Figure, path: Path | None) -> Figure:
+    """Write a figure so that a reader finds the old file or the new one; returns it."""
     if path is not None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

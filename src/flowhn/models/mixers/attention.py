@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from flowhn.errors import UserError
 from flowhn.models.cache import KVCache, Sight
 from flowhn.models.kernels import resolve_attention
+from flowhn.models.splits.base import Ranges, count, gather, spread
 
 
 def _build_mask(n_tokens: int, window: int, n_meta: int, device: torch.device) -> Tensor:
@@ -144,19 +145,39 @@ class Attention(nn.Module):
         v = self.v_proj(x).unflatten(-1, (self.n_kv_heads, self.d_head)).transpose(1, 2)
         return self._rotate(k, positions), v
 
-    def forward(self, x: Tensor, *, positions: Tensor | None = None, kv: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """x (B, T, D) -> (B, T, D).
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        positions: Tensor | None = None,
+        kv: tuple[Tensor, Tensor] | None = None,
+        queries: Ranges | None = None,
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D); with ``queries`` (B, n, D), their outputs in order.
 
         Args:
             x: tokens in order.
             positions: (T,) integer positions for RoPE; None for 0, 1, 2, ...
             kv: keys and values of the same tokens from :meth:`project_kv` of another layer.
+            queries: ascending ranges of the n tokens that ask; each sees all earlier tokens of x and itself. None: all.
         """
+        if queries is not None:
+            x = x[:, : queries[-1][1] if queries else 0]  # nobody asks for what comes later
         k, v = self.project_kv(x, positions) if kv is None else kv
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (B, H, T, d_head)
-        q = self._rotate(q, positions)
+        q = self._rotate(self._project_q(x, queries), positions)  # (B, H, T, d_head)
         y = self._attend(q, k, v) if x.shape[1] else q
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H * d_head)
+        return self.o_proj(y if queries is None else gather(y, queries))
+
+    def _project_q(self, x: Tensor, queries: Ranges | None) -> Tensor:
+        """(B, T, D) -> (B, H, T, d_head). Tokens that do not ask get a query of zeros and their row is thrown away.
+
+        So SDPA sees one causal square, for which it has its fast kernels on every device, where queries fewer than keys
+        would need a dense mask (or one call for each range). It costs no more than No_Split's attention does.
+        """
+        q = self.q_proj(x if queries is None else gather(x, queries))
+        q = q if queries is None else spread(q, queries, x.shape[1])
+        return q.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
 
     def new_cache(self, *, window: int | None = None) -> KVCache:
         """An empty cache of this attention's keys and values.
@@ -168,7 +189,13 @@ class Attention(nn.Module):
         return KVCache(window=window, n_meta=self.n_meta_tokens)
 
     def extend(
-        self, x: Tensor, cache: KVCache | None, *, positions: Tensor | None = None, sight: Sight | None = None
+        self,
+        x: Tensor,
+        cache: KVCache | None,
+        *,
+        positions: Tensor | None = None,
+        sight: Sight | None = None,
+        queries: Ranges | None = None,
     ) -> tuple[Tensor, Sight]:
         """n new tokens behind those in ``cache``, which takes them up; always on SDPA once the cache holds tokens.
 
@@ -177,19 +204,22 @@ class Attention(nn.Module):
             cache: of :meth:`new_cache`; unused when ``sight`` is given.
             positions: (n,) integer positions for RoPE; None: they follow the tokens that the cache has seen.
             sight: what the ``extend`` of another layer returned for the same tokens (its keys and values are shared).
+            queries: ascending ranges of the new tokens that ask, numbered from 0; None: all. The cache takes up all.
 
         Returns:
-            (B, n, D), and the keys and values that were in sight.
+            (B, n, D) or as many tokens as ask, and the keys and values that were in sight.
         """
         start = cache.seen if sight is None else sight.start
         if positions is None:
             positions = torch.arange(start, start + x.shape[1], device=x.device)
         if sight is None:
             sight = cache.append(*self.project_kv(x, positions))
-        q = self.q_proj(x).unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)  # (B, H, n, d_head)
-        q = self._rotate(q, positions)
+        if queries is not None and not count(queries):
+            return x[:, :0], sight
+        q = self._rotate(self._project_q(x, queries), positions)  # (B, H, n, d_head)
         y = self._attend_back(q, sight) if start else self._attend(q, sight.k, sight.v)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), sight
+        y = y.transpose(1, 2).flatten(2)  # (B, n, H * d_head)
+        return self.o_proj(y if queries is None else gather(y, queries)), sight
 
     def _attend_back(self, q: Tensor, sight: Sight) -> Tensor:
         """(B, H, n, d_head) -> the same shape; one new token sees all it is given, so that it needs no mask."""
@@ -228,20 +258,36 @@ class Attention(nn.Module):
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # (B, T, heads, d_head)
         return flash_attn_func(q, k, v, causal=True, window_size=size).transpose(1, 2)
 
-    def flops(self, n_tokens: int) -> int:
+    def flops(self, n_tokens: int, *, queries: Ranges | None = None) -> int:
         """Forward FLOPs of one sequence: projections 2 * in * out a token, attention 4 per visible pair and channel.
 
         Visible pairs are counted as areas, a causal square of n tokens being n * n / 2 (half of the full matrix).
+
+        Args:
+            n_tokens: tokens that ask.
+            queries: where these stand, when they also see tokens that do not ask: keys and values are then made for all
+                tokens up to the last that asks. What the fast kernels compute in vain is not counted.
         """
-        projections = self.n_heads if self.shares_kv else self.n_heads + 2 * self.n_kv_heads
-        linear = 2 * self.d_model * self.d_head * (projections + self.n_heads) * n_tokens
+        queries = ((0, n_tokens),) if queries is None else queries
+        n_keys = queries[-1][1] if queries else 0
+        keys = 0 if self.shares_kv else 2 * self.n_kv_heads * n_keys
+        linear = 2 * self.d_model * self.d_head * (2 * self.n_heads * n_tokens + keys)
+        doubled_pairs = sum(self._doubled_pairs(stop) - self._doubled_pairs(start) for start, stop in queries)
+        return linear + 2 * doubled_pairs * self.n_heads * self.d_head
+
+    def _doubled_pairs(self, n_tokens: int) -> int:
+        """Twice the area of what the first ``n_tokens`` tokens see."""
         window = n_tokens if self.sliding_window is None else min(self.sliding_window, n_tokens)
         beyond = n_tokens - window
-        doubled_pairs = window * window + 2 * beyond * window
+        doubled = window * window + 2 * beyond * window
         if beyond:  # tokens past the window still see the meta tokens
             meta = min(self.n_meta_tokens, beyond)
-            doubled_pairs += meta * meta + 2 * (beyond - meta) * meta
-        return linear + 2 * doubled_pairs * self.n_heads * self.d_head
+            doubled += meta * meta + 2 * (beyond - meta) * meta
+        return doubled
+
+    def key_flops(self, n_tokens: int) -> int:
+        """FLOPs of the keys and values alone, for tokens that do not ask but are seen later."""
+        return 0 if self.shares_kv else 4 * self.d_model * self.d_head * self.n_kv_heads * n_tokens
 
     def step_flops(self, n_before: int) -> int:
         """FLOPs of one decoded token behind ``n_before`` others: counted as in :meth:`flops`, keys in sight exactly."""

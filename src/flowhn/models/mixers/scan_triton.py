@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class Tiles:
         forward_warps, backward_warps: warps of a program, of 32 threads.
         keep_states: keep the states for the backward (4 N / chunk bytes for each token and channel), or have the
             backward run the forward's recurrence once more.
+        segments: pieces of a sequence that run side by side, which costs about half a forward and a quarter of a backward
+            more; 0: as many as fill a GPU that too few sequences leave idle.
     """
 
     chunk: int = 4
@@ -35,9 +38,12 @@ class Tiles:
     backward_channels: int = 128
     backward_warps: int = 1
     keep_states: bool = True
+    segments: int = 0
 
 
 DEFAULT_TILES = Tiles()
+_ROWS = 128  # segments of all sequences together that fill a GPU
+_SHORTEST_SEGMENT = 256  # tokens; shorter ones cost more than they gain
 
 
 def triton_scan(
@@ -55,7 +61,7 @@ def triton_scan(
     inputs = (u, delta, A, B, C, D, delta_bias)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     cut = [int(value) for value in astuple(tiles)]
-    cut[-1] = int(tiles.keep_states and differentiable)
+    cut[6] = int(tiles.keep_states and differentiable)
     u, delta, B, C = (_dense_rows(tensor) for tensor in (u, delta, B, C))
     y, _ = triton_forward(u, delta, A.float(), B, C, D.float(), delta_bias.float(), cut)
     return y
@@ -69,8 +75,19 @@ def _n_chunks(u: Tensor, tiles: Sequence[int]) -> int:
     return -(-u.shape[1] // tiles[0])
 
 
+def _segments(u: Tensor, tiles: Sequence[int]) -> tuple[int, int]:
+    """How many segments a sequence is cut into, and the tokens of one (of all but the last)."""
+    n_batch, n_tokens, _ = u.shape
+    wanted = tiles[7] if len(tiles) > 7 else 1
+    if not wanted:
+        wanted = max(1, min(_ROWS // n_batch, n_tokens // _SHORTEST_SEGMENT))
+    unit = max(tiles[0], tiles[1])  # a segment is whole chunks, of the forward and of the backward
+    length = -(-n_tokens // (wanted * unit)) * unit
+    return -(-n_tokens // length), length
+
+
 def _states_shape(u: Tensor, A: Tensor, tiles: Sequence[int]) -> tuple[int, ...]:
-    return (u.shape[0], _n_chunks(u, tiles), A.shape[1], A.shape[0]) if tiles[-1] else (0,)
+    return (u.shape[0], _n_chunks(u, tiles), A.shape[1], A.shape[0]) if tiles[6] else (0,)
 
 
 def _scaled(A: Tensor) -> Tensor:
@@ -78,22 +95,55 @@ def _scaled(A: Tensor) -> Tensor:
     return (A.t() * 1.4426950408889634).contiguous()
 
 
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(stride for tensor in tensors for stride in tensor.stride()[:2])
+
+
+def _across(ends: Tensor, total: Tensor, A2: Tensor, n_segments: int, *, backwards: bool) -> Tensor:
+    """What comes in at each segment's border, from what each segment alone hands on.
+
+    Args:
+        ends: (B S, N, E), a segment's own last state, or its own gradient at its beginning.
+        total: (B S, E), the sum of a segment's step sizes; A2: (N, E).
+
+    Returns:
+        (B S, N, E), zeros for the segment that nothing comes in to.
+    """
+    ends = ends.unflatten(0, (-1, n_segments))  # (B, S, N, E)
+    decay = torch.exp2(total.unflatten(0, (-1, n_segments)).unsqueeze(2) * A2)
+    order = range(n_segments - 1, -1, -1) if backwards else range(n_segments)
+    coming = torch.zeros_like(ends)
+    for segment, following in pairwise(order):
+        torch.addcmul(ends[:, segment], decay[:, segment], coming[:, segment], out=coming[:, following])
+    return coming.flatten(0, 1)
+
+
 def _run_forward(
     inputs: tuple[Tensor, ...], y: Tensor, states: Tensor, tiles: Sequence[int], *, save: int, output: bool
 ) -> None:
+    """Writes y and states."""
     from flowhn.models.mixers.scan_triton_kernels import selective_scan_forward_kernel  # needs Triton
 
     u, delta, A, B, C, D, bias = inputs
     _, unrolled, channels, warps, *_ = tiles
     n_batch, n_tokens, n_channels = u.shape
     n_states, n_blocks = A.shape[1], -(-n_channels // channels)
-    carry = A.new_empty((n_batch, n_states, n_channels))
-    selective_scan_forward_kernel[(n_blocks * n_batch,)](
-        u, delta, _scaled(A), B, C, D, bias, y, carry, states,
-        n_tokens, n_channels, n_states, _n_chunks(u, tiles), n_blocks,
-        *(stride for tensor in (u, delta, B, C) for stride in tensor.stride()[:2]),
-        K=unrolled, BE=channels, SAVE=save, OUTPUT=output, num_warps=warps,
-    )  # fmt: skip
+    n_segments, length = _segments(u, tiles)
+    carry = A.new_empty((n_batch * n_segments, n_states, n_channels))
+    total = A.new_empty((n_batch * n_segments, n_channels))
+    A2 = _scaled(A)
+
+    def launch(*, save: int, output: bool, start: bool) -> None:
+        selective_scan_forward_kernel[(n_blocks * n_batch * n_segments,)](
+            u, delta, A2, B, C, D, bias, y, carry, states, total,
+            n_tokens, n_channels, n_states, _n_chunks(u, tiles), n_blocks, n_segments, length,
+            *_strides(u, delta, B, C), K=unrolled, BE=channels, SAVE=save, OUTPUT=output, START=start, num_warps=warps,
+        )  # fmt: skip
+
+    if n_segments > 1:
+        launch(save=0, output=False, start=False)
+        carry = _across(carry, total, A2, n_segments, backwards=False)
+    launch(save=save, output=output, start=n_segments > 1)
 
 
 @torch.library.custom_op("flowhn::triton_scan", mutates_args=())
@@ -104,7 +154,7 @@ def triton_forward(
     y = u.new_empty(u.shape)
     states = A.new_empty(_states_shape(u, A, tiles))
     if u.numel():
-        save = tiles[0] if tiles[-1] else 0
+        save = tiles[0] if tiles[6] else 0
         _run_forward((u, delta, A, B, C, D, bias), y, states, tiles, save=save, output=True)
     return y, states
 
@@ -125,24 +175,36 @@ def triton_backward(
     """Gradients of u, delta, A, B, C, D and bias."""
     if not u.numel():
         return tuple(tensor.new_zeros(tensor.shape) for tensor in (u, delta, A, B, C, D, bias))
-    from flowhn.models.mixers.scan_triton_kernels import selective_scan_backward_kernel  # needs Triton
+    from flowhn.models.mixers.scan_triton_kernels import (  # needs Triton
+        selective_scan_backward_kernel,
+        selective_scan_carry_kernel,
+    )
 
-    chunk, _, _, _, channels, warps, kept = tiles
+    chunk, _, _, _, channels, warps, kept, *_ = tiles
     n_batch, n_tokens, n_channels = u.shape
     n_states, n_blocks, n_chunks = A.shape[1], -(-n_channels // channels), _n_chunks(u, tiles)
+    n_segments, length = _segments(u, tiles)
     du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
     if not kept:
-        states = A.new_empty(_states_shape(u, A, [chunk, 1]))
+        states = A.new_empty(_states_shape(u, A, [chunk, 1, 0, 0, 0, 0, 1]))
         _run_forward((u, delta, A, B, C, D, bias), du, states, tiles, save=chunk, output=False)
-    dy = _dense_rows(dy)
-    dA, carry = (A.new_empty((n_batch, n_states, n_channels)) for _ in range(2))
-    dD, dbias = (A.new_empty((n_batch, n_channels)) for _ in range(2))
+    dy, A2 = _dense_rows(dy), _scaled(A)
+    rows = n_batch * n_segments
+    carry = A.new_empty((rows, n_states, n_channels))
+    if n_segments > 1:
+        total = A.new_empty((rows, n_channels))
+        selective_scan_carry_kernel[(n_blocks * rows,)](
+            dy, delta, A2, C, bias, carry, total, n_tokens, n_channels, n_states, n_blocks, n_segments, length,
+            *_strides(dy, delta, C), K=chunk, BE=channels, num_warps=warps,
+        )  # fmt: skip
+        carry = _across(carry, total, A2, n_segments, backwards=True)
+    dA = A.new_empty((rows, n_states, n_channels))
+    dD, dbias = (A.new_empty((rows, n_channels)) for _ in range(2))
     dB, dC = (A.new_empty((n_blocks, n_batch, n_states, n_chunks * chunk)) for _ in range(2))
-    selective_scan_backward_kernel[(n_blocks * n_batch,)](
-        dy, u, delta, _scaled(A), B, C, D, bias, states, du, ddelta, dA, dB, dC, dD, dbias, carry,
-        n_tokens, n_channels, n_states, n_chunks, n_blocks, n_chunks * chunk,
-        *(stride for tensor in (dy, u, delta, B, C) for stride in tensor.stride()[:2]),
-        K=chunk, BE=channels, num_warps=warps,
+    selective_scan_backward_kernel[(n_blocks * rows,)](
+        dy, u, delta, A2, B, C, D, bias, states, du, ddelta, dA, dB, dC, dD, dbias, carry,
+        n_tokens, n_channels, n_states, n_chunks, n_blocks, n_chunks * chunk, n_segments, length,
+        *_strides(dy, u, delta, B, C), K=chunk, BE=channels, START=n_segments > 1, num_warps=warps,
     )  # fmt: skip
     dB, dC = (part.sum(0)[:, :, :n_tokens].transpose(1, 2) for part in (dB, dC))
     return (

@@ -5,7 +5,11 @@ over states is outermost, and the K steps of one state are unrolled: a thread ho
 that the recurrence, the sum over states and the way back through the chunk's states stay in registers. Between
 chunks the state of each (state, channel) waits in a small buffer that stays in the L2 cache.
 
-Letters: B batch, T tokens, E channels, N states, K tokens per chunk, BE channels per program. Rows are (BE,).
+A long sequence may be cut into segments of L tokens that run side by side (few sequences leave a GPU idle): row r of
+``carry`` is segment r % S of sequence r // S, and START says that it holds the state before the segment. What comes in
+at a segment's border is found beforehand, by a pass that only carries states.
+
+Letters: B batch, T tokens, E channels, N states, S segments, K tokens per chunk, BE channels per program. Rows are (BE,).
 """
 
 from __future__ import annotations
@@ -32,24 +36,30 @@ def _softplus(x):
 
 @triton.jit
 def selective_scan_forward_kernel(
-    u, delta, A2, B, C, D, bias, y, carry, states, n_tokens, n_channels, n_states, n_saved, n_blocks,
-    u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t,
-    K: tl.constexpr, BE: tl.constexpr, SAVE: tl.constexpr, OUTPUT: tl.constexpr,
+    u, delta, A2, B, C, D, bias, y, carry, states, total, n_tokens, n_channels, n_states, n_saved, n_blocks,
+    n_segments, n_segment, u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t,
+    K: tl.constexpr, BE: tl.constexpr, SAVE: tl.constexpr, OUTPUT: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
     """y (B, T, E) and, with SAVE, the state before every SAVE tokens: (B, n_saved, N, E).
 
-    A2 is A^T log2(e), (N, E); carry (B, N, E) holds the state between chunks and the last one at the end.
+    A2 is A^T log2(e), (N, E); carry (B S, N, E) holds the state between chunks and the last one at the end; total (B S, E),
+    written without OUTPUT, is the sum of the segment's step sizes. n_segment, the tokens of a segment, is a multiple of SAVE.
     """
-    batch = (tl.program_id(0) // n_blocks).to(tl.int64)
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    batch = row // n_segments
+    first = (row % n_segments) * n_segment
     channel = (tl.program_id(0) % n_blocks) * BE + tl.arange(0, BE)
     inside = channel < n_channels
-    u += batch * u_b
-    delta += batch * delta_b
-    B += batch * B_b
-    C += batch * C_b
-    y += batch * n_tokens * n_channels
-    carry += batch * n_states * n_channels
-    states += batch * n_saved * n_states * n_channels
+    u += batch * u_b + first * u_t
+    delta += batch * delta_b + first * delta_t
+    B += batch * B_b + first * B_t
+    C += batch * C_b + first * C_t
+    y += (batch * n_tokens + first) * n_channels
+    carry += row * n_states * n_channels
+    if SAVE > 0:
+        states += (batch * n_saved + first // SAVE) * n_states * n_channels
+    n_tokens = tl.minimum(n_segment, n_tokens - first).to(tl.int32)
+    passed = tl.zeros((BE,), dtype=tl.float32)
     shift = tl.load(bias + channel, mask=inside, other=0.0)
     skip = tl.load(D + channel, mask=inside, other=0.0)
     for start in range(0, n_tokens, K):
@@ -61,16 +71,17 @@ def selective_scan_forward_kernel(
             step, _ = _softplus(raw + shift)
             step = tl.where(start + k < n_tokens, step, 0.0)
             dt, dtu, out = dt + (step,), dtu + (step * x,), out + (skip * x,)
+            passed += step
         for n in range(n_states):
             a2 = tl.load(A2 + n * n_channels + channel, mask=inside, other=0.0)
             place = carry + n * n_channels + channel
-            h = tl.load(place, mask=inside & (start > 0), other=0.0)
+            h = tl.load(place, mask=inside if START else inside & (start > 0), other=0.0)
             summed = ()
             for k in tl.static_range(K):
                 t = start + k
                 if SAVE > 0 and k % SAVE == 0:
-                    row = states + ((t // SAVE).to(tl.int64) * n_states + n) * n_channels
-                    tl.store(row + channel, h, mask=inside & (t < n_tokens))
+                    saved = states + ((t // SAVE).to(tl.int64) * n_states + n) * n_channels
+                    tl.store(saved + channel, h, mask=inside & (t < n_tokens))
                 b = tl.load(B + t * B_t + n, mask=t < n_tokens, other=0.0).to(tl.float32)
                 h = tl.exp2(dt[k] * a2) * h + dtu[k] * b
                 if OUTPUT:
@@ -85,6 +96,50 @@ def selective_scan_forward_kernel(
                 there = inside & (start + k < n_tokens)
                 tl.store(y + (start + k) * n_channels + channel, out[k].to(y.dtype.element_ty), mask=there)
         tl.debug_barrier()
+    if not OUTPUT:
+        tl.store(total + row * n_channels + channel, passed, mask=inside)
+
+
+@triton.jit
+def selective_scan_carry_kernel(
+    dy, delta, A2, C, bias, carry, total, n_tokens, n_channels, n_states, n_blocks, n_segments, n_segment,
+    dy_b, dy_t, delta_b, delta_t, C_b, C_t, K: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """carry (B S, N, E): exp(dt A) dh of each segment's first token, were there no later segment; total as above."""
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    batch = row // n_segments
+    first = (row % n_segments) * n_segment
+    channel = (tl.program_id(0) % n_blocks) * BE + tl.arange(0, BE)
+    inside = channel < n_channels
+    dy += batch * dy_b + first * dy_t
+    delta += batch * delta_b + first * delta_t
+    C += batch * C_b + first * C_t
+    carry += row * n_states * n_channels
+    n_tokens = tl.minimum(n_segment, n_tokens - first).to(tl.int32)
+    shift = tl.load(bias + channel, mask=inside, other=0.0)
+    passed = tl.zeros((BE,), dtype=tl.float32)
+    n_chunks = tl.cdiv(n_tokens, K)
+    for chunk in range(n_chunks):
+        start = (n_chunks - 1 - chunk) * K
+        dt, grad = (), ()
+        for k in tl.static_range(K):
+            there = inside & (start + k < n_tokens)
+            raw = tl.load(delta + (start + k) * delta_t + channel, mask=there, other=0.0).to(tl.float32)
+            step, _ = _softplus(raw + shift)
+            step = tl.where(start + k < n_tokens, step, 0.0)
+            dt, passed = dt + (step,), passed + step
+            grad = grad + (tl.load(dy + (start + k) * dy_t + channel, mask=there, other=0.0).to(tl.float32),)
+        for n in range(n_states):
+            a2 = tl.load(A2 + n * n_channels + channel, mask=inside, other=0.0)
+            place = carry + n * n_channels + channel
+            back = tl.load(place, mask=inside & (chunk > 0), other=0.0)
+            for k in tl.static_range(K - 1, -1, -1):
+                t = start + k
+                c = tl.load(C + t * C_t + n, mask=t < n_tokens, other=0.0).to(tl.float32)
+                back = tl.exp2(dt[k] * a2) * (grad[k] * c + back)
+            tl.store(place, back, mask=inside)
+        tl.debug_barrier()
+    tl.store(total + row * n_channels + channel, passed, mask=inside)
 
 
 @triton.jit
@@ -100,38 +155,42 @@ def _sums(rows, K: tl.constexpr):
 @triton.jit
 def selective_scan_backward_kernel(
     dy, u, delta, A2, B, C, D, bias, states, du, ddelta, dA, dB, dC, dD, dbias, carry,
-    n_tokens, n_channels, n_states, n_saved, n_blocks, n_padded,
+    n_tokens, n_channels, n_states, n_saved, n_blocks, n_padded, n_segments, n_segment,
     dy_b, dy_t, u_b, u_t, delta_b, delta_t, B_b, B_t, C_b, C_t,
-    K: tl.constexpr, BE: tl.constexpr,
+    K: tl.constexpr, BE: tl.constexpr, START: tl.constexpr,
 ):  # fmt: skip
-    """du, ddelta (B, T, E); dA (B, N, E), dD, dbias (B, E), each sequence's; dB, dC (n_blocks, B, N, n_padded), each
+    """du, ddelta (B, T, E); dA (B S, N, E), dD, dbias (B S, E), each segment's; dB, dC (n_blocks, B, N, n_padded), each
     block's share. Chunk by chunk from the last: its states from the saved one, then back through them.
 
-    carry (B, N, E) holds exp(dt A) dh of the following chunk's first token.
+    carry (B S, N, E) holds exp(dt A) dh of the following chunk's first token; with START that of the following segment's.
     """
     block = tl.program_id(0) % n_blocks
-    batch = (tl.program_id(0) // n_blocks).to(tl.int64)
-    n_batch = tl.num_programs(0) // n_blocks
+    row = (tl.program_id(0) // n_blocks).to(tl.int64)
+    batch = row // n_segments
+    first = (row % n_segments) * n_segment
+    n_batch = tl.num_programs(0) // n_blocks // n_segments
     channel = block * BE + tl.arange(0, BE)
     inside = channel < n_channels
-    dy += batch * dy_b
-    u += batch * u_b
-    delta += batch * delta_b
-    B += batch * B_b
-    C += batch * C_b
-    du += batch * n_tokens * n_channels
-    ddelta += batch * n_tokens * n_channels
-    dA += batch * n_states * n_channels
-    carry += batch * n_states * n_channels
-    states += batch * n_saved * n_states * n_channels
-    dB += (block * n_batch + batch) * n_states * n_padded
-    dC += (block * n_batch + batch) * n_states * n_padded
+    dy += batch * dy_b + first * dy_t
+    u += batch * u_b + first * u_t
+    delta += batch * delta_b + first * delta_t
+    B += batch * B_b + first * B_t
+    C += batch * C_b + first * C_t
+    du += (batch * n_tokens + first) * n_channels
+    ddelta += (batch * n_tokens + first) * n_channels
+    dA += row * n_states * n_channels
+    carry += row * n_states * n_channels
+    states += (batch * n_saved + first // K) * n_states * n_channels
+    dB += (block * n_batch + batch) * n_states * n_padded + first
+    dC += (block * n_batch + batch) * n_states * n_padded + first
+    n_tokens = tl.minimum(n_segment, n_tokens - first).to(tl.int32)
+    n_chunks = tl.cdiv(n_tokens, K)
     shift = tl.load(bias + channel, mask=inside, other=0.0)
     skip = tl.load(D + channel, mask=inside, other=0.0)
     sum_D = tl.zeros((BE,), dtype=tl.float32)
     sum_bias = tl.zeros((BE,), dtype=tl.float32)
-    for chunk in range(n_saved):
-        saved = n_saved - 1 - chunk
+    for chunk in range(n_chunks):
+        saved = n_chunks - 1 - chunk
         start = saved * K
         dt, dtu, grad, d_dtu, d_dt = (), (), (), (), ()
         for k in tl.static_range(K):
@@ -153,7 +212,7 @@ def selective_scan_backward_kernel(
             a2 = tl.load(A2 + n * n_channels + channel, mask=inside, other=0.0)
             h = tl.load(states + (saved.to(tl.int64) * n_states + n) * n_channels + channel, mask=inside, other=0.0)
             place = n * n_channels + channel
-            back = tl.load(carry + place, mask=inside & (chunk > 0), other=0.0)
+            back = tl.load(carry + place, mask=inside if START else inside & (chunk > 0), other=0.0)
             d_a = tl.load(dA + place, mask=inside & (chunk > 0), other=0.0)
             decay, before, b, c, to_C = (), (), (), (), ()
             for k in tl.static_range(K):
@@ -190,5 +249,5 @@ def selective_scan_backward_kernel(
             sum_D += grad[k] * x
             sum_bias += tl.where(start + k < n_tokens, d_raw, 0.0)
         tl.debug_barrier()
-    tl.store(dD + batch * n_channels + channel, sum_D, mask=inside)
-    tl.store(dbias + batch * n_channels + channel, sum_bias, mask=inside)
+    tl.store(dD + row * n_channels + channel, sum_D, mask=inside)
+    tl.store(dbias + row * n_channels + channel, sum_bias, mask=inside)

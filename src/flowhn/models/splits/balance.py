@@ -44,10 +44,11 @@ class FlopAware(Split):
             device; whoever builds the model measures first and sets ``ratio``, see ``flowhn.benchmark.balance``).
         multiple_of: round the number of attention tokens to a multiple of this, for kernels that like round lengths.
             Has no effect on sequences shorter than it.
-        window: see :class:`~flowhn.models.splits.base.Split`.
+        window, keys: see :class:`~flowhn.models.splits.base.Split`.
 
     Raises:
-        UserError: ``ratio`` outside 0 to 1, ``multiple_of`` not a positive integer, an unknown ``balance``.
+        UserError: ``ratio`` outside 0 to 1, ``multiple_of`` not a positive integer, an unknown ``balance``, or
+            ``balance=time`` to be measured with ``keys=all``.
     """
 
     flop_balanced = True
@@ -59,10 +60,16 @@ class FlopAware(Split):
         balance: str = "flops",
         multiple_of: int = 1,
         window: int | None = None,
+        keys: str = "own",
     ) -> None:
-        super().__init__(window=window)
+        super().__init__(window=window, keys=keys)
         if balance not in ("flops", "time"):
             raise UserError(f"split.balance={balance} must be flops or time")
+        if keys == "all" and balance == "time" and ratio is None:
+            raise UserError(
+                "split.balance=time measures an attention that sees its own tokens alone; with split.keys=all use "
+                "split.balance=flops or set split.ratio="
+            )
         if ratio is not None and (
             isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0.0 <= ratio <= 1.0
         ):

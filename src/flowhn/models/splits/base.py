@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -51,11 +52,21 @@ def count(ranges: Ranges) -> int:
     return sum(stop - start for start, stop in ranges)
 
 
-def _gather(x: Tensor, ranges: Ranges) -> Tensor:
+def gather(x: Tensor, ranges: Ranges) -> Tensor:
+    """(B, T, D) -> (B, n, D): the tokens of ``ranges`` in sequence order; a view when they are contiguous."""
     if not ranges:
         return x[:, :0]
     pieces = [x[:, start:stop] for start, stop in ranges]  # views of (B, n_r, D)
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def spread(y: Tensor, ranges: Ranges, n_tokens: int) -> Tensor:
+    """(B, n, D) -> (B, T, D): put the tokens of ``ranges`` back in their places; zeros in all others."""
+    edges = [(0, 0), *ranges, (n_tokens, n_tokens)]
+    gaps = [y.new_zeros(y.shape[0], after[0] - before[1], *y.shape[2:]) for before, after in pairwise(edges)]
+    pieces = [piece for pair in zip(gaps, _pieces(y, ranges), strict=False) for piece in pair] + [gaps[-1]]
+    pieces = [piece for piece in pieces if piece.shape[1]]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1) if pieces else y
 
 
 def _pieces(y: Tensor, ranges: Ranges) -> list[Tensor]:
@@ -99,11 +110,11 @@ class TokenSplit:
 
     def gather_attn(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, n_attn, D), in sequence order; a view when the tokens are contiguous."""
-        return _gather(x, self.attn)
+        return gather(x, self.attn)
 
     def gather_ssm(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, n_ssm, D), in sequence order; a view when the tokens are contiguous."""
-        return _gather(x, self.ssm)
+        return gather(x, self.ssm)
 
     def merge(self, y_attn: Tensor, y_ssm: Tensor) -> Tensor:
         """(B, n_attn, D) and (B, n_ssm, D) -> (B, T, D): put the tokens back in sequence order.
@@ -140,18 +151,23 @@ class Split(ABC):
             on its absolute position alone, whatever the length (costs are then balanced at ``window`` tokens).
             ``None``: the routing is proportional to the actual length, as published, so the same prefix is routed
             differently at another length.
+        keys: what a token of the attention branch sees: ``own``, earlier tokens of its branch (published), or ``all``,
+            the keys and values of all earlier tokens of the sequence, whichever branch they are in. Not in the paper.
 
     Raises:
-        UserError: ``window`` is not a positive integer.
+        UserError: ``window`` is not a positive integer, an unknown ``keys``.
     """
 
     full = False  # both branches see all tokens; decides the shape of the fusion
     flop_balanced = False  # promises the integer cut with the least difference between the branches' FLOPs
 
-    def __init__(self, *, window: int | None = None) -> None:
+    def __init__(self, *, window: int | None = None, keys: str = "own") -> None:
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
             raise UserError(f"split.window={window} must be null or a positive number of tokens")
+        if keys not in ("own", "all"):
+            raise UserError(f"split.keys={keys} must be own (published) or all (keys and values of all earlier tokens)")
         self.window = window
+        self.keys = keys
         self._cache: dict[tuple[int, int, BranchCost], TokenSplit] = {}
 
     @abstractmethod

@@ -1,0 +1,183 @@
+"""The artefacts of ``configs/artefacts``: their YAML, and which runs or timings a command asks for.
+
+An artefact is a table of trained models (``cells``) or of timed ones (``bench``). ``budgets`` says what ``budget=smoke``,
+``laptop`` (the default) and ``gpu`` mean for it: overrides, and seeds or cells where they differ. The user's words win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from flowhn.config import compose, config_dir, nearest, parse_tokens
+from flowhn.errors import UserError
+from flowhn.runs import Run, plan
+
+DEFAULT_BUDGET = "laptop"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artefact:
+    """One YAML of ``configs/artefacts``.
+
+    Attributes:
+        title, claim: what it is, and what the paper says about it; ``question`` makes it an ablation.
+        cells: rows by name, each a list of overrides of ``configs/train.yaml``.
+        overrides: for every cell, before its own and the user's.
+        figures, tables: names for :func:`flowhn.reporting.artefact.write_artefact` (not for ablations).
+        budgets: by name ``overrides``, and optionally ``seeds`` and ``cells`` (instead of those of the same name).
+        measure: ``branches`` measures the trained models (:mod:`flowhn.run_branches`) instead of tabulating their records.
+        bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count).
+        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens.
+        seeds: by size, the seeds of cells that are trained more than once.
+        like: the artefact whose ``lr`` and ``seeds`` hold here.
+        gap: ``of`` a cell ``to`` others in validation loss: the table says how much of it each row closes.
+    """
+
+    name: str
+    title: str
+    claim: str
+    question: str | None = None
+    overrides: list[str] = field(default_factory=list)
+    figures: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=lambda: ["verdicts"])
+    cells: dict[str, list[str]] = field(default_factory=dict)
+    budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measure: str | None = None
+    bench: dict[str, Any] | None = None
+    lr: dict[str, dict[str, float]] = field(default_factory=dict)
+    seeds: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    like: str | None = None
+    gap: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command asks for: the runs wanted, the artefact's other runs, and the budget's name for the folder."""
+
+    wanted: dict[str, Run]
+    others: dict[str, Run]
+    budget: str
+
+
+def artefact_files() -> dict[str, Path]:
+    """The YAML of each artefact by name."""
+    return {path.stem: path for path in sorted((config_dir() / "artefacts").glob("*.yaml"))}
+
+
+def load_artefact(name: str) -> Artefact:
+    """Read an artefact.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    known = artefact_files()
+    if name not in known:
+        raise UserError(f"there is no artefact {name}; {nearest(name, known)}")
+    artefact = Artefact(name=name, **OmegaConf.to_container(OmegaConf.load(known[name])))
+    if artefact.like is not None:
+        other = load_artefact(artefact.like)
+        artefact = replace(artefact, lr=other.lr, seeds=other.seeds)
+    return artefact
+
+
+def preset(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
+    """The budget's name, what the artefact says about it, and the user's overrides without the budget's name.
+
+    A budget that is no name of the artefact (a number of tokens) replaces the laptop's tokens alone.
+
+    Raises:
+        UserError: a budget that is neither.
+    """
+    if not artefact.budgets:
+        return "", {}, list(overrides)
+    asked = next((word.partition("=")[2] for word in overrides if word.startswith("budget=")), DEFAULT_BUDGET)
+    if asked in artefact.budgets:
+        return asked, artefact.budgets[asked], [word for word in overrides if not word.startswith("budget=")]
+    if artefact.bench is not None:
+        raise UserError(f"budget={asked} is not one of {', '.join(artefact.budgets)}, which {artefact.name} can take")
+    parse_tokens(asked, dict.fromkeys(artefact.budgets, 1))
+    return asked, artefact.budgets[DEFAULT_BUDGET], list(overrides)
+
+
+def plan_cells(artefact: Artefact, overrides: Sequence[str]) -> Plan:
+    """The runs asked for, and the artefact's other cells (their records, where they exist, stay in the table).
+
+    Raises:
+        UserError: a cell, seed or key that cannot be.
+    """
+    models, overrides = _selection(overrides, ("models", "model"))
+    seeds, overrides = _selection(overrides, ("seeds",))
+    budget, given, overrides = preset(artefact, overrides)
+    cells = artefact.cells | given.get("cells", {})
+    for cell in models or ():
+        if cell not in cells:
+            raise UserError(f"models={cell} is not a cell of {artefact.name}; {nearest(cell, cells)}")
+    if models is not None and not models:
+        raise UserError(f"models=[] selects nothing; choose from {', '.join(cells)}")
+    if seeds is not None and not (seeds and all(seed.isdigit() for seed in seeds)):
+        raise UserError(f"seeds={','.join(seeds)} must be whole numbers, for example seeds=[0,1,2]")
+    _refuse_what_cells_set(artefact.name, cells, overrides)
+    if seeds is None and not any(word.startswith("seed=") for word in overrides):
+        seeds = given.get("seeds")
+    wanted: dict[str, Run] = {}
+    others: dict[str, Run] = {}
+    common = [*artefact.overrides, *given.get("overrides", ()), *overrides]
+    own_seeds = {} if any(word.startswith("seed=") for word in common) else _of_size(artefact.seeds, common)
+    for cell in cells:
+        for seed in seeds or own_seeds.get(cell) or [None]:
+            own = [*artefact.overrides, *given.get("overrides", ()), *cells[cell], *overrides]
+            own += [f"cell={cell}", f"artefact={artefact.name}"] + ([] if seed is None else [f"seed={seed}"])
+            label = cell if seed is None else f"{cell} seed {seed}"
+            into = wanted if models is None or cell in models else others
+            into[label] = _plan_tuned(artefact, last_wins(own))
+    return Plan(wanted, others, budget or next(iter(wanted.values())).config["budget"])
+
+
+def _of_size(table: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
+    """The entry of the size that the overrides choose."""
+    sizes = [word.partition("=")[2] for word in overrides if word.startswith("size=")]
+    return table.get(sizes[-1], {}) if sizes else {}
+
+
+def _plan_tuned(artefact: Artefact, overrides: list[str]) -> Run:
+    """The run, with the artefact's learning rate for its model, size and budget where the user gives none."""
+    run = plan(compose("train", overrides))
+    rates = artefact.lr.get(run.config["choices"]["size"], {})
+    rate = rates.get(run.config["choices"]["model"])
+    if rate is None or run.config["tokens"] > rates["max_tokens"] or any(w.startswith("lr=") for w in overrides):
+        return run
+    return plan(compose("train", [*overrides, f"lr={rate}"]))
+
+
+def _selection(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str] | None, list[str]]:
+    """Take ``models=[a,b]`` (or ``model=a``) out of the overrides; returns the chosen names and the rest."""
+    chosen, rest = None, []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in keys:
+            chosen = [item.strip() for item in value.strip("[]").split(",") if item.strip()]
+        else:
+            rest.append(override)
+    return chosen, rest
+
+
+def _refuse_what_cells_set(name: str, cells: Mapping[str, list[str]], overrides: Sequence[str]) -> None:
+    """A key in which the cells differ is not the user's: the rows would keep their names and all be the same model."""
+    own = {override.partition("=")[0]: cell for cell, words in cells.items() for override in words}
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        if key in own or key in ("cell", "artefact"):
+            raise UserError(
+                f"{override} would make the rows of {name} the same model under other names; select rows with models=[...], or "
+                f"train one model with flowhn-train {override}"
+            )
+
+
+def last_wins(overrides: Sequence[str]) -> list[str]:
+    """Hydra refuses a group given twice; here the user's word replaces the artefact's."""
+    return list({override.partition("=")[0]: override for override in overrides}.values())
