@@ -24,6 +24,7 @@ from torch.nn import functional as F
 import flowhn
 from flowhn.convert import convert_published
 from flowhn.models import CausalLM, TokenSplit
+from flowhn.models.convert.published import published_names
 
 TOLERANCE = 1e-5  # of float32 logits
 SUBJECT = {
@@ -199,6 +200,25 @@ def test_logits_and_routing_are_those_of_the_published_code(tmp_path, mode, comp
             split: TokenSplit = layer.token_split(n_tokens)
             assert [t for start, stop in split.attn for t in range(start, stop)] == to_attn
             assert [t for start, stop in split.ssm for t in range(start, stop)] == to_ssm
+
+
+@pytest.mark.parametrize("mode", "ABCD")
+def test_gradients_are_those_of_the_published_computation(tmp_path, mode, compare):
+    """A random loss's gradients in float64, each relative to the largest of its tensor."""
+    config = CONFIG | {"mode": mode}
+    weights = random_weights(config)
+    model = convert(tmp_path, config, weights).double()
+    leaves = {name: weight.double().requires_grad_() for name, weight in weights.items()}
+    ids = torch.randint(config["vocab_size"], (2, 13), generator=torch.Generator().manual_seed(13))
+    wanted, found = published_logits(leaves, config, ids), model(ids)
+    probe = torch.randn(wanted.shape, dtype=wanted.dtype, generator=torch.Generator().manual_seed(0))
+    (wanted * probe).sum().backward()
+    (found * probe).sum().backward()
+    names, gradients = published_names(model.state_dict()), []
+    for name, parameter in model.named_parameters():
+        expected = leaves[names[name]].grad
+        gradients.append((parameter.grad - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    compare(SUBJECT[mode], RESTATED, "gradients, float64, relative", max(gradients), 1e-8)
 
 
 @st.composite

@@ -1,4 +1,4 @@
-"""The committed record of the comparisons: everything within its limit, the README says what it says, the pins are its versions."""
+"""The committed record of the comparisons: all within their limits, the README says what it says, the pins are its versions."""
 
 from __future__ import annotations
 

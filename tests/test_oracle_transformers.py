@@ -141,11 +141,16 @@ def randomised(net: nn.Module) -> nn.Module:
     return net
 
 
-def difference(theirs: nn.Module, batch: int, tokens: int, seed: int, *, floor: float = FLOOR) -> tuple[float, float]:
-    """Largest difference of logits, and of a random loss's gradients relative to the largest of their tensor."""
+def difference(
+    theirs: nn.Module, batch: int, tokens: int, seed: int, *, floor: float = FLOOR, ours: nn.Module | None = None
+) -> tuple[float, float]:
+    """Largest difference of logits, and of a random loss's gradients relative to the largest of their tensor.
+
+    ``ours`` has their weights already; None: it is converted from them.
+    """
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(theirs.config.vocab_size, (batch, tokens), generator=generator)
-    ours = from_transformers(theirs)
+    ours = from_transformers(theirs) if ours is None else ours
     expected, got = theirs(input_ids=ids, use_cache=False).logits, ours(ids)
     probe = torch.randn(expected.shape, generator=generator).to(expected.dtype)
     (expected * probe).sum().backward()
@@ -209,11 +214,10 @@ def test_the_configured_models_are_transformers_architectures(cell, compare):
         if hasattr(module, "eps"):
             module.eps = getattr(theirs.config, "rms_norm_eps", None) or theirs.config.layer_norm_epsilon
     ours.load_state_dict(from_transformers(theirs).state_dict())
-    ids = torch.randint(config["vocab_size"], (2, 97), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        largest = (ours(ids) - theirs(input_ids=ids, use_cache=False).logits).abs().max()
+    logits, gradients = difference(theirs, 2, 97, 0, ours=ours)
     oracle = f"transformers {family.capitalize()}ForCausalLM of the same sizes"
-    compare(cell, oracle, "logits of the model that is trained (tiny), float32", largest, LOGITS)
+    compare(cell, oracle, "logits of the model that is trained (tiny), float32", logits, LOGITS)
+    compare(cell, oracle, "gradients of it, float32, relative", gradients, GRADIENTS)
 
 
 class Widened(TorchFunctionMode):
