@@ -17,6 +17,8 @@ import yaml
 from flowhn.reporting.ablations import ABLATIONS, COMMAND, README, overview, settings, write_ablation
 from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import find_bench_records, write_bench
+from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
+from flowhn.reporting.branches import find_measurements, write_branches
 from flowhn.reporting.record import find_records
 from flowhn.reporting.tables import table1
 
@@ -80,6 +82,8 @@ def redraw(source: Path, target: Path) -> None:
     name = source.parent.name
     if name == "bench":
         return redraw_bench(source, target)
+    if name == "branches":
+        return redraw_branches(source, target)
     artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
     if name in ABLATIONS:
         if source != target:
@@ -89,7 +93,12 @@ def redraw(source: Path, target: Path) -> None:
         return None
     records = find_records(source / "records")
     cells = [cell for cell in artefact["cells"] if any(record.cell == cell for record in records)]
-    write_artefact(records, target, title=artefact["title"], figures=artefact["figures"], expected=cells)
+    if source != target and (source / "overlap.json").is_file():
+        shutil.copyfile(source / "overlap.json", target / "overlap.json")
+    write_artefact(
+        records, target, title=artefact["title"], figures=artefact["figures"], expected=cells,
+        tables=artefact.get("tables", ["verdicts"]), gap=artefact.get("gap"),
+    )  # fmt: skip
     return None
 
 
@@ -105,10 +114,17 @@ def redraw_bench(source: Path, target: Path) -> None:
     write_bench(find_bench_records(source / "records"), target, title=case["title"])
 
 
+def redraw_branches(source: Path, target: Path) -> None:
+    """Write the table and figure of ``experiments/branches/<setting>`` into ``target``, from its measurements."""
+    artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / "branches.yaml").read_text(encoding="utf-8"))
+    write_branches(find_measurements(source / MEASUREMENTS), target, title=artefact["title"])
+
+
 def all_settings() -> list[Path]:
     """The folders below experiments/ that hold records."""
     known = sorted({path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")} | {"bench"})
-    return [setting for name in known for setting in settings(ROOT / "experiments" / name)]
+    measured = [path.parent for path in sorted((ROOT / "experiments" / "branches").glob(f"*/{MEASUREMENTS}"))]
+    return [setting for name in known for setting in settings(ROOT / "experiments" / name)] + measured
 
 
 def ablations() -> list[Path]:
