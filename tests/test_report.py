@@ -106,6 +106,8 @@ def test_reproduce_lists_and_makes_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert reproduce._main(["--list"]) == 0
     assert "report " in capsys.readouterr().out
+    with pytest.raises(UserError, match="is made alone"):
+        reproduce._main(["table1", "report"])
     assert reproduce._main(["report", f"output_dir={tmp_path}"]) == 0
     assert (tmp_path / "report.html").is_file()
 
