@@ -74,7 +74,12 @@ def redraw(source: Path, target: Path) -> None:
         return None
     records = find_records(source / "records")
     cells = [cell for cell in artefact["cells"] if any(record.cell == cell for record in records)]
-    write_artefact(records, target, title=artefact["title"], figures=artefact["figures"], expected=cells)
+    if source != target and (source / "overlap.json").is_file():
+        shutil.copyfile(source / "overlap.json", target / "overlap.json")
+    write_artefact(
+        records, target, title=artefact["title"], figures=artefact["figures"], expected=cells,
+        tables=artefact.get("tables", ["verdicts"]), gap=artefact.get("gap"),
+    )  # fmt: skip
     return None
 
 

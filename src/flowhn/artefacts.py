@@ -7,7 +7,7 @@ An artefact is a table of trained models (``cells``) or of timed ones (``bench``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,14 @@ class Artefact:
         title, claim: what it is, and what the paper says about it; ``question`` makes it an ablation.
         cells: rows by name, each a list of overrides of ``configs/train.yaml``.
         overrides: for every cell, before its own and the user's.
-        figures: names for :func:`flowhn.reporting.artefact.write_artefact` (not for ablations).
+        figures, tables: names for :func:`flowhn.reporting.artefact.write_artefact` (not for ablations).
         budgets: by name ``overrides``, and optionally ``seeds`` and ``cells`` (instead of those of the same name).
         measure: ``branches`` measures the trained models (:mod:`flowhn.run_branches`) instead of tabulating their records.
         bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count).
+        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens.
+        seeds: by size, the seeds of cells that are trained more than once.
+        like: the artefact whose ``lr`` and ``seeds`` hold here.
+        gap: ``of`` a cell ``to`` others in validation loss: the table says how much of it each row closes.
     """
 
     name: str
@@ -40,10 +44,15 @@ class Artefact:
     question: str | None = None
     overrides: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=lambda: ["verdicts"])
     cells: dict[str, list[str]] = field(default_factory=dict)
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     measure: str | None = None
     bench: dict[str, Any] | None = None
+    lr: dict[str, dict[str, float]] = field(default_factory=dict)
+    seeds: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    like: str | None = None
+    gap: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,11 @@ def load_artefact(name: str) -> Artefact:
     known = artefact_files()
     if name not in known:
         raise UserError(f"there is no artefact {name}; {nearest(name, known)}")
-    return Artefact(name=name, **OmegaConf.to_container(OmegaConf.load(known[name])))
+    artefact = Artefact(name=name, **OmegaConf.to_container(OmegaConf.load(known[name])))
+    if artefact.like is not None:
+        other = load_artefact(artefact.like)
+        artefact = replace(artefact, lr=other.lr, seeds=other.seeds)
+    return artefact
 
 
 def preset(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, dict[str, Any], list[str]]:
@@ -113,14 +126,32 @@ def plan_cells(artefact: Artefact, overrides: Sequence[str]) -> Plan:
         seeds = given.get("seeds")
     wanted: dict[str, Run] = {}
     others: dict[str, Run] = {}
+    common = [*artefact.overrides, *given.get("overrides", ()), *overrides]
+    own_seeds = {} if any(word.startswith("seed=") for word in common) else _of_size(artefact.seeds, common)
     for cell in cells:
-        for seed in seeds or [None]:
+        for seed in seeds or own_seeds.get(cell) or [None]:
             own = [*artefact.overrides, *given.get("overrides", ()), *cells[cell], *overrides]
             own += [f"cell={cell}", f"artefact={artefact.name}"] + ([] if seed is None else [f"seed={seed}"])
             label = cell if seed is None else f"{cell} seed {seed}"
             into = wanted if models is None or cell in models else others
-            into[label] = plan(compose("train", last_wins(own)))
+            into[label] = _plan_tuned(artefact, last_wins(own))
     return Plan(wanted, others, budget or next(iter(wanted.values())).config["budget"])
+
+
+def _of_size(table: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
+    """The entry of the size that the overrides choose."""
+    sizes = [word.partition("=")[2] for word in overrides if word.startswith("size=")]
+    return table.get(sizes[-1], {}) if sizes else {}
+
+
+def _plan_tuned(artefact: Artefact, overrides: list[str]) -> Run:
+    """The run, with the artefact's learning rate for its model, size and budget where the user gives none."""
+    run = plan(compose("train", overrides))
+    rates = artefact.lr.get(run.config["choices"]["size"], {})
+    rate = rates.get(run.config["choices"]["model"])
+    if rate is None or run.config["tokens"] > rates["max_tokens"] or any(w.startswith("lr=") for w in overrides):
+        return run
+    return plan(compose("train", [*overrides, f"lr={rate}"]))
 
 
 def _selection(overrides: Sequence[str], keys: Sequence[str]) -> tuple[list[str] | None, list[str]]:

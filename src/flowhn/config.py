@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from flowhn.config_checks import check_values
+from flowhn.config_checks import BENCH_CHECKS, CHECKS, check_values
 from flowhn.errors import UserError
 from flowhn.own_classes import check_own, code_of, is_own, register
 
@@ -118,11 +118,11 @@ def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException, KeyError, ValueError, AttributeError, TypeError,
             RecursionError) as error:  # fmt: skip
         raise _explain(error, root, overrides) from error
-    if root == "train":
-        if own := code_of(OmegaConf.to_container(cfg.model)):
-            with open_dict(cfg):
-                cfg.own_code = own
-        check_values(OmegaConf.to_container(cfg))
+    if root == "train" and (own := code_of(OmegaConf.to_container(cfg.model))):
+        with open_dict(cfg):
+            cfg.own_code = own
+    if root in ("train", "bench"):
+        check_values(OmegaConf.to_container(cfg), checks=CHECKS if root == "train" else BENCH_CHECKS)
     return cfg
 
 

@@ -39,6 +39,7 @@ class Workshop:
     def __init__(self) -> None:
         self._prepared: dict[str, Any] = {}
         self._evaluators: dict[str, Any] = {}
+        self._tokenizers: dict[Path, Any] = {}
 
     def prepare(self, config: Mapping[str, Any], on_progress: Callable[[Progress], None] | None = None) -> Any:
         """Tokenised data of a configuration (built on first use, then memory-mapped).
@@ -132,8 +133,6 @@ class Workshop:
         """
         import torch
 
-        from flowhn.evaluation import Evaluator
-
         if not suite["tasks"]:
             return {"suite": suite["name"], "tasks": {}, "seconds": 0.0}
         if tokenizer is None:
@@ -141,6 +140,34 @@ class Workshop:
                 "there is no tokenizer to evaluate with: data=random has none (set eval=none); a run of other data keeps it as "
                 "tokenizer.json in its folder (restore it there)"
             )
+        evaluator = self.evaluator(
+            config, suite=suite, tokenizer=tokenizer, heldout_file=heldout_file, on_progress=on_progress
+        )
+        result = evaluator.run(
+            model,
+            tokenizer,
+            device=hardware.device,
+            max_length=suite.get("max_length") or config["seq_len"],
+            dtype=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
+            on_progress=(lambda done, total: on_progress(Progress("eval", done, total))) if on_progress else None,
+        )
+        return {"suite": suite["name"], **result}
+
+    def evaluator(
+        self,
+        config: Mapping[str, Any],
+        *,
+        suite: Mapping[str, Any],
+        tokenizer: Any,
+        heldout_file: Path | None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Any:
+        """The suite's :class:`~flowhn.evaluation.Evaluator`, with its requests built; built on first use."""
+        from flowhn.evaluation import Evaluator
+        from flowhn.evaluation.suites import needs_heldout
+
+        # The paper's questions are the same for every text that was trained on.
+        heldout_file = heldout_file if needs_heldout(suite["tasks"]) else None
         key = config_hash({"suite": dict(suite), "heldout": str(heldout_file)})
         if key not in self._evaluators:
             if on_progress:
@@ -152,24 +179,22 @@ class Workshop:
                 tokenizer=tokenizer,
                 seed=1234,  # the same questions for every seed of a run
             )
-        result = self._evaluators[key].run(
-            model,
-            tokenizer,
-            device=hardware.device,
-            max_length=suite.get("max_length") or config["seq_len"],
-            dtype=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
-            on_progress=(lambda done, total: on_progress(Progress("eval", done, total))) if on_progress else None,
-        )
-        return {"suite": suite["name"], **result}
+        return self._evaluators[key]
+
+    def tokenizer(self, prepared: Any) -> Any:
+        """The tokenizer of prepared data, one object for all runs: an evaluator keeps its requests' tokens by it."""
+        from flowhn.data import load_tokenizer
+
+        if prepared.dir not in self._tokenizers:
+            self._tokenizers[prepared.dir] = load_tokenizer(prepared)
+        return self._tokenizers[prepared.dir]
 
     def _evaluate(
         self, run: Run, prepared: Any, trained: Trained, on_progress: Callable[[Progress], None]
     ) -> dict[str, Any]:
-        from flowhn.data import load_tokenizer
-
         return self.evaluate(
             trained.model,
-            load_tokenizer(prepared) if prepared.tokenizer_file else None,
+            self.tokenizer(prepared) if prepared.tokenizer_file else None,
             run.config,
             suite=run.config["eval"],
             hardware=trained.hardware,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flowhn import run_report
 from flowhn.artefacts import Artefact, Plan, artefact_files, load_artefact, plan_cells
@@ -219,8 +220,26 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
         write_ablation(artefact.name, folder, title=artefact.title, command=command)
     else:
         expected = list(dict.fromkeys(run.config["cell"] for run in runs.wanted.values()))
-        write_artefact(records, folder, title=artefact.title, figures=artefact.figures, expected=expected)
+        _count_overlap(config, folder)
+        write_artefact(
+            records, folder, title=artefact.title, figures=artefact.figures, expected=expected,
+            tables=artefact.tables, gap=artefact.gap,
+        )  # fmt: skip
     return folder
+
+
+def _count_overlap(config: dict[str, Any], folder: Path) -> None:
+    """Put beside the table how much of the questions stands in the training text, where both are at hand."""
+    from flowhn.overlap_report import is_counted, write_overlap
+
+    if not is_counted(config):
+        return
+    from flowhn.experiment import Workshop
+
+    try:
+        write_overlap(config, Workshop(), folder)
+    except UserError as error:  # text or questions are gone since the runs: an earlier count stays
+        sys.stderr.write(f"the overlap of questions and training text was not counted: {error}\n")
 
 
 def _say(text: str) -> None:

@@ -67,6 +67,7 @@ class FlowHNLM(TemplateLM):
         max_length: longest input in tokens.
         batch_tokens: padded tokens of one forward pass; None: what suits the device. A longer input goes alone.
         dtype: autocast to this type (``torch.bfloat16``); None computes in the model's own.
+        encoded: (context, continuation) -> their tokens, filled here and kept by whoever asks several models the same.
         on_progress: called with (requests done, requests).
     """
 
@@ -79,6 +80,7 @@ class FlowHNLM(TemplateLM):
         max_length: int,
         batch_tokens: int | None = None,
         dtype: torch.dtype | None = None,
+        encoded: dict[tuple[str, str], tuple[list[int], list[int]]] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         super().__init__()
@@ -88,6 +90,7 @@ class FlowHNLM(TemplateLM):
         self.max_length = max_length
         self._batch_tokens = batch_tokens or _BATCH_TOKENS.get(self._torch_device.type, 4096)
         self._dtype = dtype
+        self._encoded = {} if encoded is None else encoded
         self._on_progress = on_progress or (lambda done, total: None)
 
     @property
@@ -97,8 +100,25 @@ class FlowHNLM(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         return self._tokenizer.encode(string)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        key = (context, continuation)
+        if key not in self._encoded:
+            self._encoded[key] = super()._encode_pair(context, continuation)
+        return self._encoded[key]
+
+    def encode(self, requests: Iterable[Any]) -> None:
+        """Tokenise pairs (context, continuation) now, so that the models to come find them in ``encoded``."""
+        for request in requests:
+            if len(request.args) == 2 and request.args[0] and isinstance(request.args[1], str):
+                self._encode_pair(*request.args)
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _body(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, D), never compiled: a model fresh from training would be compiled again for each new shape."""
+        with torch.compiler.set_stance("force_eager"), self._autocast():
+            return self.model.body(ids)
 
     @torch.inference_mode()
     def _loglikelihood_tokens(
@@ -112,8 +132,7 @@ class FlowHNLM(TemplateLM):
         done = 0
         for inputs in self._batches(list(by_input)):
             ids, lengths = self._pad(inputs)
-            with self._autocast():
-                hidden = self.model.body(ids)  # (B, T, D)
+            hidden = self._body(ids)  # (B, T, D)
             asked = []  # (request, row, first scored position, target)
             for row, key in enumerate(inputs):
                 for index in by_input[key]:
@@ -210,8 +229,8 @@ class FlowHNLM(TemplateLM):
     def _next_tokens(self, rows: Sequence[_Generation]) -> list[int]:
         ids, lengths = self._pad([(row.ids + row.made)[-self.max_length :] for row in rows])
         last = torch.tensor(lengths, device=ids.device) - 1
+        hidden = self._body(ids)  # (B, T, D)
         with self._autocast():
-            hidden = self.model.body(ids)  # (B, T, D)
             logits = self.model.lm_head(hidden[torch.arange(len(rows), device=ids.device), last])  # (B, V)
         return logits.float().argmax(dim=-1).tolist()
 

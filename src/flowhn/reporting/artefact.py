@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import pandas as pd
 
 from flowhn.errors import UserError
 from flowhn.reporting import figures as draw
+from flowhn.reporting.beyond import gap_table, readable_gap
+from flowhn.reporting.overlap import overlap_notes
+from flowhn.reporting.rates import rate_table
 from flowhn.reporting.record import RunRecord, write_record
 from flowhn.reporting.style import long_name
 from flowhn.reporting.tables import DASH, table1, write_table
@@ -32,8 +35,12 @@ def write_artefact(
     figures: Sequence[str] = (),
     expected: Sequence[str] | None = None,
     notes: Sequence[str] = (),
+    tables: Sequence[str] = ("verdicts",),
+    gap: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Write ``table`` and ``verdicts`` as .md and .csv, ``<figure>.png`` each and ``records/``; returns the paths.
+    """Write ``table`` and ``tables`` as .md and .csv, ``<figure>.png`` each and ``records/``; returns the paths.
+
+    An ``overlap.json`` in the folder (:mod:`flowhn.reporting.overlap`) is told in the table's notes.
 
     Args:
         records: records of one size.
@@ -41,6 +48,9 @@ def write_artefact(
             run too short to time, no validation) is left out and named in the table's notes; an older picture of that
             name is removed, so that no picture contradicts the table.
         expected: cells that must have a row even without a record; None takes the paper's ten.
+        tables: beside the first: ``verdicts`` on the paper's claims, ``rates`` (learning rates tried), ``gap`` (what
+            variants close).
+        gap: ``{of, to}`` of the last, see :func:`flowhn.reporting.beyond.gap_table`.
 
     Raises:
         UserError: no records, several sizes, an unknown figure, or records that cannot be pooled.
@@ -54,10 +64,9 @@ def write_artefact(
     if unknown:
         raise UserError(f"figures={unknown[0]} is not known; choose from {', '.join(_FIGURES)}")
     frame = table1(records, size=sizes[0], expected=expected)
-    judged = verdicts(records)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    written, notes = [], list(notes)
+    written, notes = [], [*notes, *overlap_notes(folder)]
     for name in figures:
         function, can = _FIGURES[name]
         path = folder / f"{name}.png"
@@ -70,9 +79,44 @@ def write_artefact(
             notes.append(f"{name}.png is not drawn: no record has the numbers for it.")
     written += write_table(frame, folder, title=title, notes=notes)
     written += keep_records(records, folder / "records")
-    heading = f"{title}: the paper's claims"
-    written += write_table(_readable(judged), folder, title=heading, notes=_VERDICT_NOTES, name="verdicts", full=judged)
+    for name in tables:
+        options = {"gap": gap, "size": sizes[0]} if name == "gap" else {}
+        written += _TABLES[name](records, folder, title, **options)
     return written
+
+
+def _write_verdicts(records: Sequence[RunRecord], folder: Path, title: str) -> tuple[Path, Path]:
+    judged = verdicts(records)
+    heading = f"{title}: the paper's claims"
+    return write_table(_readable(judged), folder, title=heading, notes=_VERDICT_NOTES, name="verdicts", full=judged)
+
+
+def _write_rates(records: Sequence[RunRecord], folder: Path, title: str) -> tuple[Path, Path]:
+    tried = rate_table(records)
+    return write_table(tried, folder, title=f"{title}: what was chosen", notes=_RATE_NOTES, name="rates")
+
+
+def _write_gap(
+    records: Sequence[RunRecord], folder: Path, title: str, *, gap: Mapping[str, Any], size: str
+) -> tuple[Path, Path]:
+    frame = gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
+    shown = readable_gap(frame, of=gap["of"], to=list(gap["to"]))
+    return write_table(shown, folder, title=title, notes=_GAP_NOTES, name="gap", full=frame)
+
+
+_TABLES: dict[str, Callable[..., tuple[Path, Path]]] = {
+    "verdicts": _write_verdicts,
+    "rates": _write_rates,
+    "gap": _write_gap,
+}
+_RATE_NOTES = (
+    "The rate with the lowest final validation loss serves the whole family. The runs are short: a rate that wins here "
+    "is not shown to be the best at a longer budget.",
+)
+_GAP_NOTES = (
+    "Closed: share of the difference in validation loss between the starting row and the row to reach. 100 %: as good "
+    "as that row; below 0 %: worse than the starting row. Losses are of the seeds that all rows share.",
+)
 
 
 def keep_records(records: Sequence[RunRecord], folder: Path) -> list[Path]:

@@ -96,15 +96,17 @@ def loss_figure(records: Iterable[RunRecord], path: Path | None = None, *, size:
 
 
 def loss_vs_time_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
-    """Validation loss over seconds of training (validation and checkpoints left out); raises as :func:`loss_figure`."""
-    return _loss_over(
-        records,
-        path,
-        size,
-        "Training time (s)",
-        lambda cell, point: point[2],
-        FuncFormatter(lambda value, _: f"{value:,g}"),
-    )
+    """Validation loss over seconds of training at each model's measured speed; raises as :func:`loss_figure`.
+
+    Tokens over the run's median tokens/s, so that compilation, which is most of a short run's clock, and validation are
+    left out. A run without a measured speed is drawn by its own clock.
+    """
+
+    def seconds(cell: Cell, point: Sequence[float]) -> float | None:
+        return point[0] / cell.tps if cell.tps else point[2]
+
+    label = "Training time (s) at the measured speed, without compilation"
+    return _loss_over(records, path, size, label, seconds, FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
 def loss_vs_flops_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:

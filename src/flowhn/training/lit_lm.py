@@ -69,6 +69,8 @@ class LitLM(LightningModule):
             self._sharded = True
 
     def _compile(self) -> None:
+        # What earlier runs of this process compiled counts toward the limits below, and their models are gone.
+        torch._dynamo.reset()
         # Blocks of one class share their code object, and FAC's split differs by block: the default of eight
         # specialisations would silently leave the later blocks of a deep model eager.
         limit = 8 + 4 * len(self.net.layers)

@@ -1,0 +1,293 @@
+"""Issue 5's training on a machine with one or several GPUs that is lent for minutes: what to run, in which order, until when.
+
+    python scripts/accuracy_session.py daemon --work DIR ...    prepare, then one process per GPU; ends by itself at --seconds
+    python scripts/accuracy_session.py pack --work DIR --out FILE.tgz    records (and long-context results) into one file
+    python scripts/accuracy_session.py keep FILE.tgz [--setting 135m-files-30M]    that file into experiments/, rates into table1.yaml
+
+scripts/accuracy_session.sh calls it and holds the plan with its arithmetic. Jobs wait in one list, what matters most first: learning rates
+(table1_lr), the ten models, second seeds, FAC variants (beyond), long context. Each GPU takes the next job that is ready and fits into the time
+left. The learning rates chosen from this session's own records go into the later jobs' command lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accuracy_jobs import Job, Session, plan_jobs
+from accuracy_keep import keep, pack
+
+ROOT = Path(__file__).resolve().parents[1]
+# Compiled while the data are prepared, by GPU.
+WARM = (
+    ("flowhn_fac", "mamba2", "llama", "hymba"),
+    ("shm", "flowhn_no", "mamba1", "jamba"),
+)
+
+
+def run_job(session: Session, job: Job, workshop: Any) -> str:
+    """Do a job; returns a line for the log."""
+    from flowhn.errors import UserError
+    from flowhn.experiment import summary
+
+    run = session.run_of(job)
+    if job.kind == "long":
+        return run_long(session, job, run, workshop)
+    try:
+        record = workshop.run(run, lambda progress: None, say=session.say)
+    except UserError as error:
+        if "micro_batch_size" not in str(error):
+            raise
+        session.say(f"{job.name}: {error}")
+        free_memory()
+        halved = dict(run.config, micro_batch_size=run.config["global_batch_tokens"] // run.config["seq_len"] // 2)
+        record = workshop.run(replace(run, config=halved), lambda progress: None, say=session.say)
+    return f"lr {run.config['lr']:g}, {summary(record)}, training {record.wall_seconds['train']:.0f} s"
+
+
+def run_long(session: Session, job: Job, run: Any, workshop: Any) -> str:
+    from flowhn.config import compose, to_dict
+    from flowhn.loading import load_run
+    from flowhn.run_folder import write_json
+    from flowhn.training import resolve_hardware
+
+    suite = to_dict(compose("train", ["eval=long_context", *session.args.long_override]))["eval"]
+    hardware = resolve_hardware(run.config)
+    loaded = load_run(run.folder, device=hardware.device)
+    result = workshop.evaluate(
+        loaded.model, loaded.tokenizer, run.config, suite=suite, hardware=hardware,
+        heldout_file=workshop.prepare(run.config).heldout_file,
+    )  # fmt: skip
+    named = {
+        "cell": job.cell,
+        "seed": job.seed,
+        "run_id": run.run_id,
+        "size": session.args.size,
+        "seq_len": run.config["seq_len"],
+    }
+    write_json(run.folder / "eval-long_context.json", named | result)
+    return f"{result['seconds']:.0f} s"
+
+
+def free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def device_works() -> bool:
+    """Whether this (forked) process can use the GPU that the machine has."""
+    import torch
+
+    if not Path("/dev/nvidia0").exists():
+        return True
+    try:
+        return bool(torch.zeros(1, device="cuda").cpu() == 0)
+    except (RuntimeError, AssertionError):
+        return False
+
+
+def worker(session: Session, gpu: int, workshop: Any) -> None:
+    """Take jobs until none is left that fits. Ends with code 3 after a failure that may have spoilt the process."""
+    from flowhn.errors import UserError
+
+    choose_gpu(gpu)
+    if workshop is not None and not device_works():  # the parent touched CUDA: begin as a process of its own
+        session.say(f"GPU {gpu}: the forked process cannot use it; starting a fresh one")
+        os.execv(
+            sys.executable,
+            [sys.executable, __file__, "worker", *sys.argv[2:], "--begun", str(session.args.begun), "--gpu", str(gpu)],
+        )
+    if workshop is None:
+        from flowhn.experiment import Workshop
+
+        workshop = Workshop()
+    from flowhn.training.resume import CheckpointKeeper
+
+    # The machine goes back within minutes: a stopped run begins again, and a checkpoint of 1.6 GB for each run would cost a run's time.
+    CheckpointKeeper.save = lambda keeper, trainer: None
+    while isinstance(job := session.next_job(), Job) or job == "wait":
+        if job == "wait":
+            time.sleep(1.0)
+            continue
+        begun = time.time()
+        try:
+            told = run_job(session, job, workshop)
+            spoilt = False
+        except BaseException as error:  # one failed job must not end the session
+            told, spoilt = f"FAILED: {error!r}", not isinstance(error, UserError)
+            (session.work / f"error-{job.name}.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        session.finish(job, time.time() - begun)
+        session.say(f"GPU {gpu}: {job.name} in {time.time() - begun:.0f} s (planned {job.seconds():.0f}): {told}")
+        if spoilt:
+            os._exit(3)  # a CUDA error stays with the process
+        free_memory()
+
+
+def choose_gpu(gpu: int) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+
+
+def warm(session: Session, gpu: int) -> None:
+    """Compile models on random tokens until the data are ready: the cache on disk then serves the real runs."""
+    choose_gpu(gpu)
+    from flowhn.artefacts import load_artefact, plan_cells
+    from flowhn.experiment import Workshop
+    from flowhn.training.resume import CheckpointKeeper
+
+    CheckpointKeeper.save = lambda keeper, trainer: None
+    workshop = Workshop()
+    for cell in WARM[gpu % len(WARM)]:
+        if (session.work / "prepared").exists():
+            return
+        words = [
+            f"size={session.args.size}",
+            "data=random",
+            "eval=none",
+            "val_points=0",
+            "logger=none",
+            f"models=[{cell}]",
+            "seeds=[0]",
+        ]
+        words += [
+            "budget=3",
+            f"output_dir={session.work / 'warm'}",
+            f"cache_dir={session.work / 'warm' / 'cache'}",
+            *session.args.override,
+        ]
+        begun = time.time()
+        try:
+            workshop.run(
+                next(iter(plan_cells(load_artefact("table1"), words).wanted.values())),
+                lambda progress: None,
+                say=lambda text: None,
+            )
+            session.say(f"GPU {gpu}: compiled {cell} in {time.time() - begun:.0f} s")
+        except Exception as error:  # only a warm-up
+            session.say(f"GPU {gpu}: compiling {cell} failed: {error!r}")
+
+
+def prepare_data(session: Session) -> None:
+    from flowhn.experiment import Workshop
+
+    begun = time.time()
+    prepared = Workshop().prepare(session.run_of(session.jobs[0]).config)
+    session.say(
+        f"data prepared in {time.time() - begun:.0f} s: {prepared.stats['n_train_tokens']:,} tokens, {prepared.stats['n_val_tokens']:,} validation"
+    )
+
+
+def daemon(args: argparse.Namespace) -> None:
+    """Prepare once, then one process per GPU, forked so that all of them share data, questions and their tokens."""
+    session = Session(args)
+    session.say(
+        f"{len(session.jobs)} jobs, {sum(job.seconds() for job in session.jobs):.0f} GPU-seconds planned, {args.seconds:.0f} s on {args.gpus} GPUs"
+    )
+    (session.work / "prepared").unlink(missing_ok=True)
+    for claim in session.claims.iterdir():  # of a daemon that is gone
+        claim.unlink()
+    warmers = []
+    if args.warm:
+        words = [sys.executable, __file__, "warm", *sys.argv[2:], "--begun", str(args.begun)]
+        warmers = [subprocess.Popen([*words, "--gpu", str(gpu)]) for gpu in range(args.gpus)]
+    context = multiprocessing.get_context("fork")
+    data = context.Process(target=prepare_data, args=(session,))
+    data.start()
+    from flowhn.experiment import Workshop
+
+    workshop = Workshop()
+    main_jobs = [job for job in session.jobs if job.kind in ("table", "seed", "variant")]
+    begun, config = time.time(), None
+    if main_jobs and args.eval == "paper":
+        config = session.run_of(main_jobs[0]).config
+        evaluator = workshop.evaluator(config, suite=config["eval"], tokenizer=None, heldout_file=None)
+        session.say(f"evaluation requests built in {time.time() - begun:.0f} s")
+    data.join()
+    (session.work / "prepared").touch()
+    if data.exitcode:
+        session.say("the data could not be prepared; see daemon.out")
+        raise SystemExit(1)
+    prepared = workshop.prepare(session.run_of(session.jobs[0]).config)
+    if config is not None:
+        begun = time.time()
+        workshop.prepare(config)
+        evaluator.encode(workshop.tokenizer(prepared))
+        session.say(f"requests tokenised in {time.time() - begun:.0f} s")
+    import flowhn.training  # noqa: F401  (imported once, before the fork)
+
+    workers: dict[int, Any] = {}
+    while len(workers) < args.gpus or any(process.is_alive() for process in workers.values()):
+        for gpu in range(args.gpus):
+            warming = bool(warmers) and warmers[gpu].poll() is None
+            old = workers.get(gpu)
+            if (old is None and not warming) or (old is not None and old.exitcode not in (None, 0)):
+                workers[gpu] = context.Process(target=worker, args=(session, gpu, workshop))
+                workers[gpu].start()
+        time.sleep(0.5)
+    session.say("all jobs that fit are done")
+    (session.work / "finished").touch()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("daemon", "warm", "worker", "pack", "keep", "plan"))
+    parser.add_argument("file", nargs="?", help="keep: the packed file")
+    parser.add_argument("--work", default="/tmp/accuracy")
+    parser.add_argument("--out", default="accuracy.tgz")
+    parser.add_argument("--commit", default=os.environ.get("COMMIT"))
+    parser.add_argument("--into", default=str(ROOT / "experiments"))
+    parser.add_argument(
+        "--rates",
+        default=str(ROOT / "configs" / "artefacts" / "table1.yaml"),
+        help="keep: where the rates go; empty: nowhere",
+    )
+    parser.add_argument("--setting", default="135m-files-30M")
+    parser.add_argument("--seconds", type=float, default=800.0, help="no job is begun that would end later than this")
+    parser.add_argument("--begun", type=float, default=time.time())
+    parser.add_argument("--gpus", type=int, default=2)
+    parser.add_argument("--gpu", type=int, default=0)
+    parser.add_argument("--size", default="135m")
+    parser.add_argument("--tokens", type=int, default=30_000_000)
+    parser.add_argument("--lr-tokens", type=int, default=4_000_000)
+    parser.add_argument("--kinds", default="lr,table,seed,variant,long")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--valid", default="valid")
+    parser.add_argument("--eval", default="paper")
+    parser.add_argument("--eval-dir", default="eval")
+    parser.add_argument("--no-warm", dest="warm", action="store_false")
+    parser.add_argument("--override", action="append", default=[], help="one more key=value for every run")
+    parser.add_argument(
+        "--long-override", action="append", default=[], help="one more key=value for the long-context suite"
+    )
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    if args.command == "warm":
+        warm(Session(args), args.gpu)
+    elif args.command == "worker":
+        worker(Session(args), args.gpu, None)
+    elif args.command == "plan":
+        jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds)
+        for job in jobs:
+            sys.stdout.write(f"{job.name:<34}{job.seconds():6.0f} s\n")
+        sys.stdout.write(f"{'all':<34}{sum(job.seconds() for job in jobs):6.0f} GPU-seconds\n")
+    else:
+        {"daemon": daemon, "pack": pack, "keep": keep}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""How much of a model's gap in validation loss each variant closes, and what it costs in speed.
+
+closed = (loss(of) - loss(variant)) / (loss(of) - loss(to)): 0 % is the model itself, 100 % the model that it is behind.
+Losses are those of the seeds that every row has, so that all rows saw the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+from flowhn.errors import UserError
+from flowhn.reporting.cells import Cell, average_tasks, pool
+from flowhn.reporting.record import RunRecord
+from flowhn.reporting.style import long_name
+
+LEAST_SPEED = 0.90  # of the model that the variants start from
+GOAL = 0.5  # of the gap
+
+
+def gap_table(records: Iterable[RunRecord], *, size: str, of: str, to: list[str]) -> pd.DataFrame:
+    """A row per cell, lowest loss first.
+
+    Columns: ``cell, seeds`` (shared by all rows), ``lr, val_loss, closed_<name>`` (share of the gap to each model of
+    ``to``; NaN where there is no gap), ``tps, speed`` (share of the speed of ``of``), ``average`` (accuracy in per cent)
+    and ``reached``: at least half of the gap to the first of ``to`` at no less than 90 % of the speed.
+
+    Raises:
+        UserError: no record of ``of``, no seed that all rows share, or records that cannot be pooled.
+    """
+    records = [record for record in records if record.size == size and record.status == "done"]
+    seeds_of: dict[str, set[int]] = {}
+    for record in records:
+        seeds_of.setdefault(record.cell, set()).add(record.seed)
+    if of not in seeds_of:
+        raise UserError(f"there is no record of {of}, from which the gap is counted; run that row first")
+    shared = set.intersection(*seeds_of.values())
+    if not shared:
+        raise UserError("the rows of this table share no seed; run each of them with seeds=[0]")
+    cells = pool([record for record in records if record.seed in shared], size)
+    base = cells[of]
+    tasks = average_tasks(cells.values())
+    rows = [_row(cell, base, {name: cells.get(name) for name in to}, tasks) for cell in cells.values()]
+    frame = pd.DataFrame(rows).assign(seeds=", ".join(map(str, sorted(shared))))
+    first = frame[f"closed_{to[0]}"]
+    frame["reached"] = (first >= GOAL) & (frame["speed"] >= LEAST_SPEED)
+    return frame.sort_values("val_loss", na_position="last").reset_index(drop=True)
+
+
+def _row(cell: Cell, base: Cell, goals: Mapping[str, Cell | None], tasks: list[str]) -> dict[str, Any]:
+    average = cell.average(tasks)
+    row: dict[str, Any] = {"cell": cell.cell, "lr": cell.first.config.get("lr"), "val_loss": cell.val_loss}
+    for name, goal in goals.items():
+        row[f"closed_{name}"] = _closed(cell.val_loss, base.val_loss, goal.val_loss if goal else None)
+    row |= {"tps": cell.tps, "speed": cell.tps / base.tps if cell.tps and base.tps else float("nan")}
+    return row | {"average": average[0] if average else float("nan")}
+
+
+def _closed(loss: float | None, start: float | None, goal: float | None) -> float:
+    if loss is None or start is None or goal is None or start <= goal:
+        return float("nan")
+    return (start - loss) / (start - goal)
+
+
+def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame:
+    """:func:`gap_table` as a reader wants it."""
+
+    def percent(value: float) -> str:
+        return "–" if pd.isna(value) else f"{100 * value:.0f} %"
+
+    def number(value: Any, form: str) -> str:
+        return "–" if value is None or pd.isna(value) else format(value, form)
+
+    rows = []
+    for row in frame.to_dict("records"):
+        shown = {"row": long_name(row["cell"]), "learning rate": number(row["lr"], "g")}
+        shown |= {"val loss": number(row["val_loss"], ".3f")}
+        shown |= {f"gap to {long_name(name)} closed": percent(row[f"closed_{name}"]) for name in to}
+        shown |= {"TPS": number(row["tps"], ",.0f"), f"speed beside {long_name(of)}": percent(row["speed"])}
+        shown |= {"average accuracy": number(row["average"], ".2f")}
+        own = row["cell"] == of or row["cell"] in to
+        rows.append(shown | {"half the gap at 90 % of the speed": "" if own else "yes" if row["reached"] else "no"})
+    return pd.DataFrame(rows)

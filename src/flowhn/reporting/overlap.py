@@ -1,0 +1,36 @@
+"""What ``overlap.json`` beside a table says about training text and questions, as notes below the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flowhn.errors import UserError
+from flowhn.reporting.style import task_name
+
+FILE_NAME = "overlap.json"
+
+
+def overlap_notes(folder: Path) -> list[str]:
+    """One sentence where the folder has the file, else nothing.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        return []
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        told = ", ".join(
+            f"{task_name(task)} {one['overlapping']:,} of {one['questions']:,} ({_percent(one)})"
+            for task, one in content["tasks"].items()
+        )
+        n = int(content["n"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}); delete it and run again") from error
+    return [f"Questions of which at least one run of {n} words stands in the training text: {told}."]
+
+
+def _percent(one: dict[str, int]) -> str:
+    return f"{100 * one['overlapping'] / one['questions']:.1f} %" if one["questions"] else "none asked"

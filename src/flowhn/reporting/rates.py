@@ -1,0 +1,59 @@
+"""Learning rates chosen from the records of ``table1_lr``: for each family the rate with the lowest final validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from flowhn.errors import UserError
+from flowhn.reporting.record import RunRecord
+
+# Names of configs/model; the first of a family is the one that is tried.
+FAMILIES = {
+    "flowhn": ("flowhn",),
+    "hybrid": ("shm", "jamba", "hymba"),
+    "mamba": ("mamba2", "mamba1"),
+    "llama": ("llama",),
+}
+
+
+def rate_table(records: Iterable[RunRecord]) -> pd.DataFrame:
+    """A row per family and rate: ``family, model, lr, tokens, val_loss, chosen``; a rate that diverged has no loss.
+
+    Raises:
+        UserError: the records of a family differ in tokens or size.
+    """
+    family_of = {models[0]: family for family, models in FAMILIES.items()}
+    rows = []
+    for record in records:
+        if record.model in family_of:
+            rows.append(
+                {
+                    "family": family_of[record.model],
+                    "model": record.model,
+                    "size": record.size,
+                    "lr": float(record.config["lr"]),
+                    "tokens": record.tokens,
+                    "val_loss": record.losses["final_val"],
+                }
+            )
+    frame = pd.DataFrame(rows, columns=["family", "model", "size", "lr", "tokens", "val_loss"])
+    frame["val_loss"] = pd.to_numeric(frame["val_loss"])
+    for family, group in frame.groupby("family"):
+        if group["tokens"].nunique() > 1 or group["size"].nunique() > 1:
+            raise UserError(
+                f"the learning rates of {family} were tried at different sizes or tokens; use records of one set"
+            )
+    best = frame.dropna(subset="val_loss").groupby("family")["val_loss"].idxmin()
+    frame["chosen"] = frame.index.isin(best)
+    order = list(FAMILIES)
+    key = frame["family"].map(order.index) if len(frame) else frame["family"]
+    return frame.assign(_order=key).sort_values(["_order", "lr"]).drop(columns="_order").reset_index(drop=True)
+
+
+def chosen_rates(records: Iterable[RunRecord]) -> dict[str, float]:
+    """Model name (of ``configs/model``) -> the learning rate of its family, for the families that have a record."""
+    frame = rate_table(records)
+    chosen = frame[frame["chosen"]].set_index("family")["lr"]
+    return {model: float(chosen[family]) for family in chosen.index for model in FAMILIES[family]}

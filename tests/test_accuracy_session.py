@@ -1,0 +1,176 @@
+"""The session script of issue 5: its jobs, the runs behind them, and what it brings home."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from test_reporting import fake
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import accuracy_jobs  # noqa: E402
+import accuracy_keep  # noqa: E402
+import accuracy_session  # noqa: E402
+
+from flowhn.artefacts import load_artefact, plan_cells  # noqa: E402
+from flowhn.reporting.rates import FAMILIES, chosen_rates, rate_table  # noqa: E402
+from flowhn.reporting.record import find_records, write_record  # noqa: E402
+
+
+def options(tmp_path: Path, **changes) -> argparse.Namespace:
+    args = accuracy_session.parse(["daemon", "--work", str(tmp_path), "--size", "tiny", "--tokens", "9000"])
+    return argparse.Namespace(**{**vars(args), "begun": time.time(), **changes})
+
+
+@pytest.fixture
+def session(tmp_path) -> accuracy_jobs.Session:
+    return accuracy_jobs.Session(options(tmp_path))
+
+
+def tried(model: str, lr: float, loss: float | None, **changes):
+    record = fake(f"{model}_{lr:g}", artefact="table1_lr", model=model, config={"lr": lr}, **changes)
+    return replace(record, losses={**record.losses, "final_val": loss})
+
+
+def test_the_plan_has_everything_once_and_what_matters_most_first():
+    jobs = accuracy_jobs.plan_jobs(30_000_000, 4_000_000, "lr,table,seed,variant,long")
+    assert len({job.name for job in jobs}) == len(jobs)
+    assert [job.kind for job in jobs] == sorted(
+        [job.kind for job in jobs], key=["lr", "table", "seed", "variant", "long"].index
+    )
+    assert {job.cell for job in jobs if job.kind == "table"} == set(load_artefact("table1").cells)
+    assert {job.cell for job in jobs if job.kind == "variant"} <= set(load_artefact("beyond").cells)
+    assert {job.cell for job in jobs if job.kind == "seed"} == {"flowhn_no", "flowhn_fac", "shm"}
+    assert {load_artefact("table1_lr").cells[job.cell][0] for job in jobs if job.kind == "lr"} == {
+        f"model={models[0]}" for models in FAMILIES.values()
+    }
+    table = [
+        job.tokens / accuracy_jobs.SPEED.get(job.cell, accuracy_jobs.FAC_SPEED) for job in jobs if job.kind == "table"
+    ]
+    assert table == sorted(table, reverse=True)  # longest first, so that the GPUs end together
+
+
+def test_a_job_is_the_run_that_reproduce_would_plan(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "rate", lambda job: 1e-3)
+    for job in [job for job in session.jobs if job.cell in ("flowhn_fac", "fac_keys_rope", "llama_1e-3")]:
+        if job.kind == "long":
+            continue
+        words = [f"size=tiny budget={job.tokens} data=files data.path=data data.val_path=valid output_dir={tmp_path}"]
+        words = [*words[0].split(), f"models=[{job.cell}]", f"seeds=[{job.seed}]"]
+        words += [] if job.kind == "lr" else ["eval=paper", "eval.data_dir=eval", "val_points=10", "lr=1e-3"]
+        (planned,) = plan_cells(load_artefact(job.artefact), words).wanted.values()
+        assert session.run_of(job).run_id == planned.run_id
+
+
+def test_learning_rates_come_first_then_each_job_goes_to_one_gpu(session):
+    other = accuracy_jobs.Session(session.args)
+    taken = []
+    while isinstance(job := session.next_job(), accuracy_jobs.Job):
+        taken.append(job)
+    assert job == "wait"
+    assert {job.kind for job in taken} == {"lr"}
+    for job in taken:
+        session.finish(job, 5.0)
+    first, second = session.next_job(), other.next_job()
+    assert (first.cell, second.cell) == accuracy_jobs.LONGEST_FIRST[:2]
+
+
+def test_what_no_longer_fits_is_left_out_and_a_measured_pace_counts(tmp_path):
+    session = accuracy_jobs.Session(options(tmp_path, kinds="table,seed", tokens=30_000_000))
+    hymba = session.jobs[0]
+    session.args.seconds = hymba.seconds() - 10
+    assert session.next_job().cell == "mamba1"
+    for job in session.jobs[1:4]:
+        session.finish(job, 0.5 * job.seconds())
+    assert session.pace() == pytest.approx(0.55)
+    assert session.next_job().cell == "hymba"
+    session.args.seconds = 1
+    assert session.next_job() == "done"
+
+
+def test_long_context_waits_for_its_model(tmp_path):
+    session = accuracy_jobs.Session(options(tmp_path, kinds="table,long"))
+    for job in session.jobs:
+        if job.kind == "table":
+            session.claim(job)
+    assert session.next_job() == "wait"
+    session.finish(next(job for job in session.jobs if job.cell == "llama" and job.kind == "table"), 1.0)
+    job = session.next_job()
+    assert (job.kind, job.cell) == ("long", "llama")
+
+
+def test_the_rate_with_the_lowest_loss_serves_its_family():
+    records = [tried("shm", 5e-4, 7.0), tried("shm", 1e-3, 6.0), tried("shm", 2e-3, None), tried("mamba2", 5e-4, 6.5)]
+    assert chosen_rates(records) == {"shm": 1e-3, "jamba": 1e-3, "hymba": 1e-3, "mamba2": 5e-4, "mamba1": 5e-4}
+    frame = rate_table(records)
+    assert list(frame["chosen"]) == [False, True, False, True]
+    assert rate_table([]).empty
+
+
+def test_what_comes_home_is_sorted_and_the_rates_are_written(tmp_path):
+    work, home = tmp_path / "work", tmp_path / "home"
+    made = [tried("flowhn", 1e-3, 6.0), tried("llama", 2e-3, 6.0), fake("flowhn_fac"), fake("fac_keys")]
+    made[0] = replace(made[0], cell="flowhn_1e-3")
+    made[1] = replace(made[1], cell="llama_2e-3")
+    for record in made:
+        write_record(work / "runs" / record.cell / "record.json", record)
+    result = {"cell": "flowhn_fac", "seed": 0, "tasks": {}}
+    (work / "runs" / "flowhn_fac" / "eval-long_context.json").write_text(json.dumps(result))
+    rates = tmp_path / "table1.yaml"
+    rates.write_text((ROOT / "configs/artefacts/table1.yaml").read_text())
+    args = argparse.Namespace(
+        work=str(work), out=str(tmp_path / "a.tgz"), commit="0" * 40, file=str(tmp_path / "a.tgz"), into=str(home),
+        setting="135m-files-30M", rates=str(rates),
+    )  # fmt: skip
+    accuracy_keep.pack(args)
+    with tarfile.open(args.out) as archive:
+        assert not [name for name in archive.getnames() if name.endswith((".safetensors", ".ckpt"))]
+    accuracy_keep.keep(args)
+    kept = {
+        path.parent.name: find_records(path) for path in home.glob("*/135m-files-30M") if (path / "records").is_dir()
+    }
+    assert {name: [record.cell for record in records] for name, records in kept.items()} == {
+        "table1": ["flowhn_fac"], "table1_lr": ["flowhn_1e-3", "llama_2e-3"], "beyond": ["fac_keys", "flowhn_fac"],
+    }  # fmt: skip
+    assert {record.git["commit"] for records in kept.values() for record in records} == {"0" * 40}
+    assert (home / "long_context/135m-files-30M/evals/flowhn_fac-s0.json").is_file()
+    table1 = yaml.safe_load(rates.read_text())
+    assert table1["lr"]["135m"] == {"max_tokens": 100_000_000, "llama": 2e-3, "flowhn": 1e-3}
+    assert table1["cells"] == yaml.safe_load((ROOT / "configs/artefacts/table1.yaml").read_text())["cells"]
+
+
+def test_the_committed_rates_are_what_the_committed_records_choose():
+    own = load_artefact("table1").lr
+    for size, rates in own.items():
+        records = [r for r in find_records(ROOT / "experiments" / "table1_lr") if r.size == size]
+        assert {model: rate for model, rate in rates.items() if model != "max_tokens"} == chosen_rates(records)
+
+
+def test_rates_of_an_artefact_hold_for_short_runs_of_their_size_alone(monkeypatch):
+    artefact = replace(
+        load_artefact("table1"), lr={"tiny": {"max_tokens": 100_000, "llama": 7e-3}}, seeds={"tiny": {"shm": [0, 1]}}
+    )
+    short = plan_cells(artefact, ["size=tiny", "budget=50000", "models=[llama,shm]"]).wanted
+    assert [(label, run.config["lr"]) for label, run in short.items()] == [
+        ("llama", 7e-3), ("shm seed 0", 2e-3), ("shm seed 1", 2e-3),
+    ]  # fmt: skip
+    for words in (
+        ["size=tiny", "budget=200000"],
+        ["size=350m", "budget=50000"],
+        ["budget=50000", "size=tiny", "lr=1e-3"],
+    ):
+        (run,) = plan_cells(artefact, [*words, "models=[llama]"]).wanted.values()
+        assert run.config["lr"] != 7e-3
+    assert list(plan_cells(artefact, ["size=tiny", "budget=50000", "models=[shm]", "seeds=[3]"]).wanted) == [
+        "shm seed 3"
+    ]
