@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "experiments" / "table1" / "tiny-docs-laptop"
 BEGIN = "<!-- table1 begins: written by scripts/refresh_experiments.py from experiments/table1/tiny-docs-laptop -->"
 END = "<!-- table1 ends -->"
+ABLATIONS_BEGIN = (
+    "<!-- ablations begin: written by scripts/refresh_experiments.py from configs/artefacts and experiments -->"
+)
+ABLATIONS_END = "<!-- ablations end -->"
 
 
 def block() -> str:
@@ -55,6 +59,21 @@ def block() -> str:
         "",
         "![validation loss over tokens, all models](experiments/table1/tiny-docs-laptop/loss.png)",
     ]
+    return "\n".join(lines)
+
+
+def ablations_block() -> str:
+    """The README's list of ablations; minutes are those of the committed laptop records."""
+    lines = ["| question | command | minutes on a laptop |", "|---|---|---|"]
+    for name in ABLATIONS:
+        artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
+        folder = ROOT / "experiments" / name
+        laptop = next((path for path in settings(folder) if path.name.endswith("laptop")), None)
+        minutes, question = "not run yet", artefact["question"]
+        if laptop is not None:
+            minutes = f"{ABLATIONS[name].table(laptop).attrs['seconds'] / 60:.1f}"
+            question = f"[{question}](experiments/{name}/README.md)"
+        lines.append(f"| {question} | `./reproduce.sh {name}` | {minutes} |")
     return "\n".join(lines)
 
 
@@ -124,9 +143,12 @@ def stale(source: Path) -> list[str]:
 def readme() -> tuple[str, str]:
     """The README as it is and as it should be."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return text, f"{head}{BEGIN}\n{block()}\n{END}{tail}"
+    new = text
+    for begin, end, content in ((BEGIN, END, block()), (ABLATIONS_BEGIN, ABLATIONS_END, ablations_block())):
+        head, rest = new.split(begin)
+        _, tail = rest.split(end)
+        new = f"{head}{begin}\n{content}\n{end}{tail}"
+    return text, new
 
 
 def main() -> int:
