@@ -37,6 +37,10 @@ def _main(argv: Sequence[str]) -> int:
     if args.list:
         return _list()
     if run_report.NAME in args.artefacts:
+        if len(args.artefacts) > 1:
+            raise UserError(
+                f"{run_report.NAME} shows what is there and is made alone; run ./reproduce.sh {run_report.NAME} after the others"
+            )
         _say(f"written: {run_report.make_report(args.overrides)}")
         return 0
     return max([_make(load_artefact(name), args) for name in args.artefacts])
