@@ -85,6 +85,9 @@ def redraw(source: Path, target: Path) -> None:
     if name == "branches":
         return redraw_branches(source, target)
     artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if "bench" in artefact and name not in ABLATIONS:
+        write_bench(find_bench_records(source / "records"), target, title=artefact["title"])
+        return None
     if name in ABLATIONS:
         if source != target:
             shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("table.*", "*.png"))
