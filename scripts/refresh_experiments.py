@@ -16,7 +16,7 @@ import yaml
 
 from flowhn.reporting.ablations import ABLATIONS, COMMAND, README, overview, settings, write_ablation
 from flowhn.reporting.artefact import write_artefact
-from flowhn.reporting.bench import find_bench_records, write_bench
+from flowhn.reporting.bench import bench_table, find_bench_records, write_bench
 from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
 from flowhn.reporting.branches import find_measurements, write_branches
 from flowhn.reporting.record import find_records
@@ -26,6 +26,13 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "experiments" / "table1" / "tiny-docs-laptop"
 BEGIN = "<!-- table1 begins: written by scripts/refresh_experiments.py from experiments/table1/tiny-docs-laptop -->"
 END = "<!-- table1 ends -->"
+ABLATIONS_BEGIN = (
+    "<!-- ablations begin: written by scripts/refresh_experiments.py from configs/artefacts and experiments -->"
+)
+ABLATIONS_END = "<!-- ablations end -->"
+FIGURE4 = ROOT / "experiments" / "figure4"
+FIGURE4_BEGIN = "<!-- figure4 begins: written by scripts/refresh_experiments.py from the records beside it -->"
+FIGURE4_END = "<!-- figure4 ends -->"
 
 
 def block() -> str:
@@ -58,6 +65,44 @@ def block() -> str:
     return "\n".join(lines)
 
 
+def figure4_block() -> str:
+    """The part of experiments/figure4/README.md that comes from records: the newest table, and what came back on other days."""
+    _, _, body = (FIGURE4 / "h200" / "table.md").read_text(encoding="utf-8").partition("\n\n")
+    days = {folder.name: bench_table(find_bench_records(folder / "records")) for folder in settings(FIGURE4)}
+    newest = days.pop("h200")
+    lines = ["| model | size | tokens/s | on another day | difference % | folder |", "|:--|:--|--:|--:|--:|:--|"]
+    for name, frame in days.items():
+        both = newest.merge(frame, on=["cell", "size", "seq_len", "protocol", "batch"], suffixes=("", "_then"))
+        for row in both.itertuples():
+            lines.append(
+                f"| {row.model} | {row.size} | {row.tps:,.0f} | {row.tps_then:,.0f} | {100 * (row.tps / row.tps_then - 1):+.1f} | {name} |"
+            )
+    return f"{body.strip()}\n\n**The same cells on another day**\n\n" + "\n".join(lines)
+
+
+def figure4_readme() -> tuple[str, str]:
+    """experiments/figure4/README.md as it is and as it should be."""
+    text = (FIGURE4 / "README.md").read_text(encoding="utf-8")
+    head, rest = text.split(FIGURE4_BEGIN)
+    _, tail = rest.split(FIGURE4_END)
+    return text, f"{head}{FIGURE4_BEGIN}\n{figure4_block()}\n{FIGURE4_END}{tail}"
+
+
+def ablations_block() -> str:
+    """The README's list of ablations; minutes are those of the committed laptop records."""
+    lines = ["| question | command | minutes on a laptop |", "|---|---|---|"]
+    for name in ABLATIONS:
+        artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
+        folder = ROOT / "experiments" / name
+        laptop = next((path for path in settings(folder) if path.name.endswith("laptop")), None)
+        minutes, question = "not run yet", artefact["question"]
+        if laptop is not None:
+            minutes = f"{ABLATIONS[name].table(laptop).attrs['seconds'] / 60:.1f}"
+            question = f"[{question}](experiments/{name}/README.md)"
+        lines.append(f"| {question} | `./reproduce.sh {name}` | {minutes} |")
+    return "\n".join(lines)
+
+
 def redraw(source: Path, target: Path) -> None:
     """Write the tables and figures of ``experiments/<artefact>/<setting>`` into ``target``, from its records."""
     name = source.parent.name
@@ -66,6 +111,9 @@ def redraw(source: Path, target: Path) -> None:
     if name == "branches":
         return redraw_branches(source, target)
     artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if "bench" in artefact and name not in ABLATIONS:
+        write_bench(find_bench_records(source / "records"), target, title=artefact["title"])
+        return None
     if name in ABLATIONS:
         if source != target:
             shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("table.*", "*.png"))
@@ -124,9 +172,12 @@ def stale(source: Path) -> list[str]:
 def readme() -> tuple[str, str]:
     """The README as it is and as it should be."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return text, f"{head}{BEGIN}\n{block()}\n{END}{tail}"
+    new = text
+    for begin, end, content in ((BEGIN, END, block()), (ABLATIONS_BEGIN, ABLATIONS_END, ablations_block())):
+        head, rest = new.split(begin)
+        _, tail = rest.split(end)
+        new = f"{head}{begin}\n{content}\n{end}{tail}"
+    return text, new
 
 
 def main() -> int:
@@ -140,6 +191,8 @@ def main() -> int:
         ]
         old, new = readme()
         found += ["README.md"] if old != new else []
+        old, new = figure4_readme()
+        found += ["experiments/figure4/README.md"] if old != new else []
         for name in found:
             print(f"{name} is not what the committed records give; run scripts/refresh_experiments.py")
         return int(bool(found))
@@ -148,6 +201,7 @@ def main() -> int:
     for folder in ablations():
         (folder / README).write_text(readme_of(folder), encoding="utf-8")
     (ROOT / "README.md").write_text(readme()[1], encoding="utf-8")
+    (FIGURE4 / "README.md").write_text(figure4_readme()[1], encoding="utf-8")
     return 0
 
 
