@@ -17,6 +17,7 @@ import yaml
 from flowhn.reporting.ablations import ABLATIONS, COMMAND, README, overview, settings, write_ablation
 from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import find_bench_records, write_bench
+from flowhn.reporting.long_context import write_long_context
 from flowhn.reporting.record import find_records
 from flowhn.reporting.tables import table1
 
@@ -61,6 +62,9 @@ def redraw(source: Path, target: Path) -> None:
     name = source.parent.name
     if name == "bench":
         return redraw_bench(source, target)
+    if name == "long_context":
+        write_long_context(source / "evals", target)
+        return None
     artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
     if name in ABLATIONS:
         if source != target:
@@ -94,7 +98,8 @@ def redraw_bench(source: Path, target: Path) -> None:
 def all_settings() -> list[Path]:
     """The folders below experiments/ that hold records."""
     known = sorted({path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")} | {"bench"})
-    return [setting for name in known for setting in settings(ROOT / "experiments" / name)]
+    found = [setting for name in known for setting in settings(ROOT / "experiments" / name)]
+    return found + sorted(path.parent for path in (ROOT / "experiments" / "long_context").glob("*/evals"))
 
 
 def ablations() -> list[Path]:

@@ -59,6 +59,14 @@ CLAIMS = (
           ("flowhn_ae", "flowhn_fa"), "average", "table 1"),
     Claim("fac_over_hybrids", "FAC_Split beats the sequential hybrids and Hymba in accuracy.", "flowhn_fac",
           ("jamba", "shm", "hymba"), "average", "abstract"),
+    Claim("no_over_hybrids", "No_Split beats the sequential hybrids and Hymba in accuracy.", "flowhn_no",
+          ("jamba", "shm", "hymba"), "average", "table 1"),
+    Claim("no_over_fac", "No_Split beats FAC_Split in accuracy: the price of the split.", "flowhn_no", ("flowhn_fac",),
+          "average", "table 1"),
+    Claim("fac_fastest", "FAC_Split has the most tokens/s of all models.", "flowhn_fac", (_ALL,), "tps", "table 1",
+          sizes=("135m", "350m")),
+    Claim("fac_best_mfu", "FAC_Split has the highest MFU of all models.", "flowhn_fac", (_ALL,), "mfu",
+          "table 1", sizes=("135m", "1b")),
     Claim("fac_over_hymba_tps", "FAC_Split has 3.7 times Hymba's tokens/s.", "flowhn_fac", ("hymba",), "tps",
           "figure 4, 135M", factor=3.7, sizes=("135m",)),
     Claim("fac_over_mamba2_tps", "FAC_Split has up to 4 times Mamba-2's tokens/s.", "flowhn_fac", ("mamba2",), "tps",
@@ -105,7 +113,7 @@ def _judge(claim: Claim, second: str, size: str, cells: Mapping[str, Cell]) -> d
     }
     row |= {"claimed": claim.factor, "first": claim.first}
     if second == _ALL:
-        second, gaps = _best_other(claim.first, cells)
+        second, gaps = _best_other(claim.first, cells, claim.quantity)
     else:
         gaps = ""
     row["second"] = second
@@ -130,15 +138,22 @@ def _judge(claim: Claim, second: str, size: str, cells: Mapping[str, Cell]) -> d
     return row | judged
 
 
-def _best_other(first: str, cells: Mapping[str, Cell]) -> tuple[str | None, str]:
-    """The other model of the paper with the highest average, and a remark on the models that could not be looked at."""
+def _best_other(first: str, cells: Mapping[str, Cell], quantity: str) -> tuple[str | None, str]:
+    """The other model of the paper with the highest value, and a remark on the models that could not be looked at."""
     others = [name for name in paper.table1()["cell"].unique() if name != first]
     tasks = average_tasks(cells.values())
-    averages = {name: cells[name].average(tasks) for name in others if name in cells}
-    known = {name: value[0] for name, value in averages.items() if value is not None}
+
+    def value(cell: Cell) -> float | None:
+        if quantity != "average":
+            return getattr(cell, quantity)
+        average = cell.average(tasks)
+        return None if average is None else average[0]
+
+    known = {name: own for name in others if name in cells and (own := value(cells[name])) is not None}
     missing = [long_name(name) for name in others if name not in known]
     best = max(known, key=known.__getitem__) if known else None
-    return best, f"left out for want of an average: {', '.join(missing)}" if missing else ""
+    wanted = "an average" if quantity == "average" else quantity.upper()
+    return best, f"left out for want of {wanted}: {', '.join(missing)}" if missing else ""
 
 
 def _unlike(first: Cell, second: Cell, quantity: str) -> str:
