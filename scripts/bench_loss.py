@@ -6,9 +6,9 @@ import argparse
 import itertools
 
 import torch
+from bench_scan import time_ms
 from torch.nn import functional as F
 
-from bench_scan import time_ms
 from flowhn.training.cross_entropy_triton import cross_entropy_and_gradient_
 
 VOCABULARY = 65_536

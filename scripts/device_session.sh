@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # One call on a GPU machine without a package registry: unpack carried packages, run one phase, pack what came out.
 #   scripts/device_session.sh check                     which kernels run here and whether they are right (flowhn-doctor)
-#   scripts/device_session.sh tests [pytest words]      tests marked gpu
+#   scripts/device_session.sh tests [pytest words]      tests marked gpu, several processes at a time; gpu.json says what was seen
 #   scripts/device_session.sh bench [bench words]       flowhn-bench; goes on from the records of earlier calls
 # Packages: build/site.tar.xz (a site folder), or wheels in .whl and .whl2, unpacked into /tmp/site.
 # RECORDS=FILE.tgz starts from the bench folder that an earlier call packed; COMMIT=... names the code (no .git there).
-# Everything goes to $OUT: <phase>.log and, after bench, bench.tgz (records, tables, figures).
+# Everything goes to $OUT: <phase>.log and, after bench, bench.tgz (records, tables, figures); after tests gpu.json,
+# which belongs into experiments/faithful.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 phase=${1:?check, tests or bench}; shift
@@ -27,7 +28,39 @@ export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton
 
 case $phase in
   check) python3 -m flowhn.doctor "$@" 2>&1 | tee "$out/check.log" ;;
-  tests) python3 -m pytest -q -x -m gpu -p no:cacheprovider "$@" 2>&1 | tee "$out/tests.log" ;;
+  tests)
+    # Compiling is most of the time and one process compiles on one core, so the tests run in groups side by side.
+    export FLOWHN_SEEN=/tmp/seen TORCHINDUCTOR_COMPILE_THREADS=4 OMP_NUM_THREADS=2; rm -rf /tmp/seen /tmp/groups; mkdir -p /tmp/groups
+    groups=(
+      "test_scan_triton.py -k float32"
+      "test_scan_triton.py -k not_float32"
+      "test_triton_kernels.py -k compiled"
+      "test_triton_kernels.py -k not_compiled"
+      "test_gpu_mixers.py -k test_ssd_and_float32"
+      "test_gpu_mixers.py -k test_ssd_and_bfloat16"
+      "test_gpu_mixers.py -k not_test_ssd"
+      "test_gpu_models.py -k test_bfloat16_and_tiny"
+      "test_gpu_models.py -k test_bfloat16_and_135m"
+      "test_gpu_models.py -k test_compiled_and_fac"
+      "test_gpu_models.py -k test_compiled_and_no"
+      "test_gpu_models.py -k test_compiled_and_hymba"
+    )
+    pids=() codes=0
+    for i in "${!groups[@]}"; do
+      read -r file flag word <<<"${groups[i]}"
+      expression=${word//_and_/ and }; expression=${expression/#not_/not }
+      timeout 420 python3 -m pytest -q -m gpu -p no:cacheprovider --durations=3 "tests/$file" "$flag" "$expression" "$@" \
+        >"/tmp/groups/$i.log" 2>&1 &
+      pids+=($!)
+    done
+    for i in "${!pids[@]}"; do
+      wait "${pids[i]}"; code=$?
+      [ $code = 0 ] || codes=1
+      { echo "== ${groups[i]} (exit $code)"; tail -c 6000 "/tmp/groups/$i.log"; } >>"/tmp/groups/all"
+    done
+    tee "$out/tests.log" </tmp/groups/all
+    python3 scripts/oracles.py gather /tmp/seen "$out/gpu.json" || codes=1
+    exit $codes ;;
   bench)
     work=/tmp/bench; mkdir -p "$work"
     if [ -n "${RECORDS:-}" ]; then tar -xzf "$RECORDS" -C "$work" || exit 3; fi

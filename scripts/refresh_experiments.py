@@ -17,6 +17,8 @@ import yaml
 from flowhn.reporting.ablations import ABLATIONS, COMMAND, README, overview, settings, write_ablation
 from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import find_bench_records, write_bench
+from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
+from flowhn.reporting.branches import find_measurements, write_branches
 from flowhn.reporting.long_context import write_long_context
 from flowhn.reporting.record import find_records
 from flowhn.reporting.tables import table1
@@ -65,6 +67,8 @@ def redraw(source: Path, target: Path) -> None:
     if name == "long_context":
         write_long_context(source / "evals", target)
         return None
+    if name == "branches":
+        return redraw_branches(source, target)
     artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
     if name in ABLATIONS:
         if source != target:
@@ -95,11 +99,18 @@ def redraw_bench(source: Path, target: Path) -> None:
     write_bench(find_bench_records(source / "records"), target, title=case["title"])
 
 
+def redraw_branches(source: Path, target: Path) -> None:
+    """Write the table and figure of ``experiments/branches/<setting>`` into ``target``, from its measurements."""
+    artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / "branches.yaml").read_text(encoding="utf-8"))
+    write_branches(find_measurements(source / MEASUREMENTS), target, title=artefact["title"])
+
+
 def all_settings() -> list[Path]:
     """The folders below experiments/ that hold records."""
     known = sorted({path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")} | {"bench"})
-    found = [setting for name in known for setting in settings(ROOT / "experiments" / name)]
-    return found + sorted(path.parent for path in (ROOT / "experiments" / "long_context").glob("*/evals"))
+    measured = [path.parent for path in sorted((ROOT / "experiments" / "branches").glob(f"*/{MEASUREMENTS}"))]
+    measured += [path.parent for path in sorted((ROOT / "experiments" / "long_context").glob("*/evals"))]
+    return [setting for name in known for setting in settings(ROOT / "experiments" / name)] + measured
 
 
 def ablations() -> list[Path]:

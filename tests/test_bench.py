@@ -116,6 +116,7 @@ def test_prepare_compiles_first_and_leaves_no_record_of_it(tmp_path, capsys, mon
     assert asked == [0, 2]
     (record,) = find_bench_records(tmp_path / "bench" / "figure4" / "records")
     assert record["status"] == "done"
+    assert record["cold_first_step_seconds"] == 1.0
 
 
 def test_preparing_runs_one_step_and_times_nothing():
@@ -217,6 +218,11 @@ def test_repeats_are_pooled_with_their_spread():
     assert frame.runs[0] == 2
     assert frame.tps[0] == 110.0
     assert frame.spread[0] > 9
+
+
+def test_of_several_batches_the_fastest_counts():
+    frame = bench_table([fake("llama", 100.0, batch=4), fake("llama", 120.0, batch=8), fake("llama", 90.0, batch=16)])
+    assert (frame.batch[0], frame.tps[0], frame.runs[0]) == (8, 120.0, 1)
 
 
 def test_overlap_is_what_the_union_does_not_cover():

@@ -125,3 +125,9 @@ def test_every_check_belongs_to_a_key_that_exists():
     for data in groups()["data"]:
         known |= set(keys(to_dict(compose("train", [f"data={data}", *["data.path=x"] * (data == "files")]))))
     assert [pattern for pattern in CHECKS if not any(fnmatch(key, pattern) for key in known)] == []
+
+
+@pytest.mark.parametrize("word", ["seq_len=x", "windows=0", "steps_per_window=many", "warmup_steps=-1", "profile=1", "seed=null"])
+def test_values_of_the_benchmark_are_checked(word):
+    with pytest.raises(UserError, match=word.partition("=")[0]):
+        compose("bench", [word])

@@ -57,11 +57,19 @@ def refused(capsys, folder: Path, weights: str, config: str = "config.json", out
 def test_pth_checkpoint_and_prefixed_names_give_the_same_folder_as_safetensors(case, capsys):
     weights = random_weights(CONFIG)
     torch.save({"epoch": 3, "model_state_dict": weights}, case / "checkpoint.pth")
-    torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, case / "parallel.pt")
+    wrapped = {
+        "parallel.pt": {f"module.{name}": tensor for name, tensor in weights.items()},
+        "compiled.pth": {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()},
+        "fsdp.pth": {k.replace(".atten.", ".atten._fsdp_wrapped_module."): v for k, v in weights.items()},
+        "lightning.pth": {"state_dict": {f"model._orig_mod.{name}": tensor for name, tensor in weights.items()}},
+        "nested.bin": {"step": 7, "model": {"state_dict": weights}, "optimizer": {"lr": 0.1}},
+    }
+    for name, content in wrapped.items():
+        torch.save(content, case / name)
     assert run(case, "good.safetensors", out="reference") == 0
     assert "written: " in capsys.readouterr().out
     wanted = load_file(case / "reference" / "model.safetensors")
-    for name in ("good.pth", "checkpoint.pth", "parallel.pt"):
+    for name in ("good.pth", "checkpoint.pth", *wrapped):
         assert run(case, name, out=f"from_{name}") == 0
         got = load_file(case / f"from_{name}" / "model.safetensors")
         assert got.keys() == wanted.keys()

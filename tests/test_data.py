@@ -343,9 +343,15 @@ def test_a_half_made_cache_is_never_used(tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "_finish", die)
     with pytest.raises(KeyboardInterrupt):
         small(spec, cache)
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == []
+    (half,) = (path for path in cache.iterdir() if path.is_dir())
+    assert half.name.startswith(".building-")  # gone on from, never used as it is
+    assert not (half / "stats.json").exists()
     monkeypatch.setattr(build_module, "_finish", finish)
     prepared = small(spec, cache)
+    assert f".building-{prepared.dir.name}" == half.name
+    assert not half.exists()
+    whole = small(spec, tmp_path / "another")
+    assert prepared.stats["sha256"] == whole.stats["sha256"]
     (cache / f".building-{prepared.dir.name}").mkdir()  # what kill -9 leaves behind
     (prepared.dir / "stats.json").unlink()
     assert small(spec, cache).stats["n_train_rows"] == prepared.stats["n_train_rows"]

@@ -1,18 +1,35 @@
-"""One run on several processes (gloo on the CPU): the same losses, one record."""
+"""One run on several processes (gloo on the CPU): the same losses, one record, an end when one of them is lost.
+
+All models, strategies and numbers of processes: scripts/compare_processes.py, the slow test here.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from flowhn import train
 from flowhn.runs import process_rank
 
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "scripts" / "compare_processes.py"
+
+
+def _load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+compare = _load(SCRIPT)
 
 
 def record_of(folder: Path) -> dict:
@@ -24,7 +41,7 @@ def test_two_processes_train_what_one_does(tmp_path):
     words = ["model=flowhn", "device=cpu", "budget=4096", "val_points=2", "val_rows=6", "eval=docs", "eval.limit=4",
              f"cache_dir={tmp_path}/cache"]  # fmt: skip
     assert train._main([*words, f"output_dir={tmp_path}/one"]) == 0
-    command = [sys.executable, "-m", "flowhn.train", *words, "trainer.devices=2", f"output_dir={tmp_path}/two"]
+    command = [sys.executable, "-m", "flowhn.train", *words, "trainer=ddp", "device=cpu", "trainer.devices=2", f"output_dir={tmp_path}/two"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = record_of(tmp_path / "one"), record_of(tmp_path / "two")
@@ -40,11 +57,82 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("environment", "rank"),
-    [({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"RANK": "5", "LOCAL_RANK": "1"}, 5), ({"SLURM_PROCID": "3"}, 3)],
+    [({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"NODE_RANK": "2"}, 2), ({"LOCAL_RANK": "0", "NODE_RANK": "2"}, 2), ({"RANK": "5", "LOCAL_RANK": "1"}, 5), ({"SLURM_PROCID": "3"}, 3)],
 )
 def test_the_number_of_a_process_comes_from_its_launcher(environment, rank, monkeypatch):
-    for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+    for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
         monkeypatch.delenv(key, raising=False)
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     assert process_rank() == rank
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_of_torchrun_train_what_one_does(tmp_path):
+    alone = compare.Run(tmp_path, "alone", "model=flowhn", steps=6).finish()
+    words = ["model=flowhn", "trainer=fsdp", "device=cpu"]
+    (process,) = compare._torchrun(sharded := compare.Run(tmp_path, "sharded", *words, steps=6))
+    assert process.wait(timeout=240) == 0, sharded.said()[-2000:]
+    found = compare.difference(alone, sharded)
+    assert found["batch_losses"] == 6
+    assert found["max_loss_difference"] <= 1e-5
+    # What does not decay in one process must not decay in several: decay alone moves such a weight by more than this.
+    assert found["max_weight_difference"] <= 2e-5
+
+
+def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path):
+    words = ["model=llama", *compare.STOPPED]
+    alone = compare.Run(tmp_path, "alone", *words, steps=24).finish()
+    run = compare.Run(tmp_path, "run", *words, *compare.spread("fsdp", 2), steps=24)
+    process = run.start()
+    compare.wait_for(run, process, compare.training(run))
+    first, second = compare.family(process)
+    second.kill()
+    assert process.wait(timeout=60) not in (0, None)
+    assert not psutil.wait_procs([first, second], timeout=30)[1]
+    said = [line for line in run.said().splitlines() if line.startswith("error:")]
+    assert said and "process" in said[0] and "goes on from the last checkpoint" in said[0]
+    again = compare.Run(tmp_path, "run", *words, steps=24).finish()
+    assert again.record()["resumed"] == 1
+    found = compare.difference(alone, again)
+    assert found["max_loss_difference"] <= 1e-5
+    assert found["max_weight_difference"] <= 1e-5
+
+
+def _asks(keeper, trainer, step: int, votes: list) -> bool:
+    before = len(votes)
+    keeper._vote(trainer, step)
+    return len(votes) > before
+
+
+def test_one_process_that_is_asked_to_stop_stops_all_within_seconds():
+    from flowhn.training.resume import CheckpointKeeper
+
+    keeper = CheckpointKeeper(
+        folder=Path("."), run_id="", samples_per_step=1, every_n_steps=None, seconds=None, keep=2,
+        schedule=SimpleNamespace(steps=()), throughput=None, stop=SimpleNamespace(requested=False),
+    )  # fmt: skip
+    votes = []
+
+    def reduce(tensor, reduce_op):
+        votes.append(tensor.tolist())
+        theirs = tensor.clone()
+        theirs[2] = 0.5  # seconds of a step on the slowest process
+        return theirs
+
+    trainer = SimpleNamespace(world_size=2, strategy=SimpleNamespace(reduce=reduce, root_device="cpu"))
+    asked = [step for step in range(1, 14) if _asks(keeper, trainer, step, votes)]
+    assert asked == [1, 5, 9, 13]  # every two seconds, at the same steps on all
+    keeper._stop.requested = True
+    assert [keeper._vote(trainer, step)[0] for step in (14, 15, 16, 17)] == [False, False, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_model_strategy_and_number_of_processes(tmp_path):
+    out = tmp_path / "processes.json"
+    done = subprocess.run([sys.executable, SCRIPT, "--out", out], capture_output=True, text=True)
+    result = json.loads(out.read_text())
+    assert done.returncode == 0, result["failures"]
+    assert len(result["rows"]) == 3 * 2 * 3
+    assert result["failures"] == []

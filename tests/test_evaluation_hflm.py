@@ -98,36 +98,37 @@ def pairs() -> list[SimpleNamespace]:
     return [SimpleNamespace(args=pair) for pair in asked]
 
 
-def agree(ours, theirs, tolerance: float = 1e-4) -> None:
+def agree(compare, name: str, ours, theirs, tolerance: float = 1e-4) -> None:
     assert len(ours) == len(theirs)
-    assert max(abs(a - b) for (a, _), (b, _) in zip(ours, theirs, strict=True)) < tolerance
+    largest = max(abs(a - b) for (a, _), (b, _) in zip(ours, theirs, strict=True))
+    compare(name, "lm-eval's HFLM, request by request", "log-likelihoods", largest, tolerance)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
-def check(net, reference, both, batch_size: int) -> None:
+def check(compare, name: str, net, reference, both, batch_size: int) -> None:
     ours = FlowHNLM(net, both[0], max_length=MAX_LENGTH, batch_tokens=400)
     theirs = hflm(reference, both[1], batch_size=batch_size, max_length=MAX_LENGTH)
-    agree(ours.loglikelihood(pairs()), theirs.loglikelihood(pairs(), disable_tqdm=True))
+    agree(compare, name, ours.loglikelihood(pairs()), theirs.loglikelihood(pairs(), disable_tqdm=True))
     rolling = [SimpleNamespace(args=(text(n, n),)) for n in (1, 20, 70, 150)]
     assert ours.loglikelihood_rolling(rolling) == pytest.approx(
         theirs.loglikelihood_rolling(rolling, disable_tqdm=True), abs=1e-3, rel=1e-6
     )
 
 
-def test_llama_by_transformers_and_by_us(both):
+def test_llama_by_transformers_and_by_us(both, compare):
     reference = llama(320, MAX_LENGTH)
-    check(from_transformers(reference).eval(), reference, both, batch_size=7)
+    check(compare, "llama", from_transformers(reference).eval(), reference, both, batch_size=7)
 
 
-def test_a_proportional_split_at_batch_size_one(both):
+def test_a_proportional_split_at_batch_size_one(both, compare):
     net = flowhn(320)
     assert net.length_dependent
-    check(net, Wrapped(net), both, batch_size=1)
+    check(compare, "flowhn_fac, batch size 1", net, Wrapped(net), both, batch_size=1)
 
 
-def test_a_split_in_windows_at_any_batch_size(both):
+def test_a_split_in_windows_at_any_batch_size(both, compare):
     net = flowhn(320, "split.window=16")
-    check(net, Wrapped(net), both, batch_size=7)
+    check(compare, "flowhn_fac, split.window=16, batch size 7", net, Wrapped(net), both, batch_size=7)
 
 
 def test_generation(both):
@@ -156,7 +157,7 @@ def _real_requests(folder: str, work_dir: Path, number: int) -> list:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not DATA_DIR, reason="FLOWHN_EVAL_DATA_DIR is not set")
-def test_500_real_requests_agree_and_are_no_slower(tmp_path):
+def test_500_real_requests_agree_and_are_no_slower(tmp_path, compare):
     asked = _real_requests(DATA_DIR, tmp_path, 500)
     assert len(asked) == 500
     ours_tokenizer, hf_tokenizer = tokenizers([" ".join(request.args) for request in asked], 8192)
@@ -172,7 +173,7 @@ def test_500_real_requests_agree_and_are_no_slower(tmp_path):
             seconds[name].append(time.perf_counter() - begun)
     largest = max(abs(a - b) for (a, _), (b, _) in zip(found["ours"], found["hflm"], strict=True))
     print(f"\n500 requests: largest difference {largest:.2e}; seconds {seconds}")
-    agree(found["ours"], found["hflm"])
+    agree(compare, "llama, 500 requests of six tasks", found["ours"], found["hflm"])
     assert min(seconds["ours"]) <= min(seconds["hflm"])
     rolling = [SimpleNamespace(args=(request.args[0] * 8,)) for request in asked[:20]]
     differences = [

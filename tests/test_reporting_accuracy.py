@@ -83,6 +83,8 @@ def test_loss_over_time_takes_the_measured_speed_not_the_clock_with_compilation(
     (axes,) = loss_vs_time_figure([fake("flowhn_fac", tps=1e6), fake("llama", tps=5e5)], size="135m").axes
     ends = sorted(line.get_xdata()[-1] for line in axes.get_lines() if len(line.get_xdata()) == 8)
     assert ends == pytest.approx([60.0, 120.0])
+    (axes,) = loss_vs_time_figure([fake("llama", tps=None)], size="135m").axes
+    assert axes.get_lines()[0].get_xdata()[-1] == 24.0  # no measured speed: its own clock
 
 
 def results(folder, cells=("llama", "flowhn_fac"), lengths=(1024, 2048)) -> None:

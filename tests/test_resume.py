@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader
 
 from flowhn.errors import UserError
 from flowhn.training import Hardware, LitLM, fit, latest_valid_checkpoint, seed_everything
-from flowhn.training.checkpoints import AtomicCheckpointIO, checkpoint_path, manifest_path
+from flowhn.training.checkpoints import (
+    AtomicCheckpointIO,
+    checkpoint_path,
+    manifest_path,
+    sha256_of,
+    write_durably,
+)
+from flowhn.training.loop import CHECKPOINTS
 from flowhn.training.resume import random_state, set_random_state
 
 VOCAB, SEQ, MICRO, ACCUMULATE, STEPS, ROWS = 32, 8, 2, 2, 9, 10  # 36 samples: more than three passes over 10 rows
@@ -294,8 +301,39 @@ def test_checkpoint_that_holds_code_is_refused(tmp_path):
     path = checkpoint_path(tmp_path, 1)
     AtomicCheckpointIO().save_checkpoint({"state_dict": Attack()}, path)
     assert latest_valid_checkpoint(tmp_path).path == path  # its hash is right, its content is not
+    (_, reason), *_ = latest_valid_checkpoint(tmp_path, content=True).skipped
+    assert "plain tensors" in reason
     with pytest.raises(UserError, match="plain tensors"):
         AtomicCheckpointIO().load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": {}}, {"flowhn": {"step": 9}}, "code"])
+def test_a_checkpoint_with_a_right_hash_and_foreign_content_is_skipped(tmp_path, content, whole):
+    run(tmp_path)
+    folder = tmp_path / CHECKPOINTS
+    before = latest_valid_checkpoint(folder).path
+    AtomicCheckpointIO().save_checkpoint({"x": 1}, checkpoint_path(folder, 99))
+    write_durably(checkpoint_path(folder, 99), lambda file: torch.save(content, file))
+    manifest = json.loads(manifest_path(checkpoint_path(folder, 99)).read_text())
+    manifest |= {"sha256": sha256_of(checkpoint_path(folder, 99)), "bytes": checkpoint_path(folder, 99).stat().st_size}
+    manifest_path(checkpoint_path(folder, 99)).write_text(json.dumps(manifest))
+    again, _, said = run(tmp_path)
+    assert latest_valid_checkpoint(folder, content=True).path == before
+    assert [path.name for path, _ in again.skipped] == ["step-00000099.ckpt"]
+    assert any("step-00000099.ckpt" in text for text in said)
+    assert points(again) == points(whole[0])
+
+
+def test_a_run_in_double_precision_goes_on_in_double_precision(tmp_path):
+    double = {"hardware": Hardware(torch.device("cpu"), 1, "64-true", False)}
+    unbroken, weights, _ = run(tmp_path / "unbroken", **double)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", callbacks=(KillAt("train", 11),), **double)
+    again, others, _ = run(tmp_path / "killed", **double)
+    assert again.resumed == 1
+    assert points(again) == points(unbroken)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert weights["net.lm_head.weight"].dtype == torch.float64
 
 
 def test_full_disk_leaves_earlier_checkpoints_alone(tmp_path, monkeypatch):

@@ -11,57 +11,9 @@ from torch.nn import functional as F
 from flowhn.models.mixers import recurrence, scan
 from flowhn.models.mixers.scan import scan_backward, scan_forward, selective_scan
 from flowhn.models.mixers.ssd import ssd_scan
+from recurrences import reference_scan, reference_ssd, scan_inputs, ssd_inputs
 
 LENGTHS = (1, 2, 3, 5, 16, 17, 64, 127, 255, 300)
-
-
-def reference_scan(u, delta, A, B, C, D, delta_bias):
-    """Mamba-1's recurrence in the inputs' type: u, delta (B, T, E), A (E, N), B, C (B, T, N), D, delta_bias (E,)."""
-    dt = F.softplus(delta + delta_bias)
-    h = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
-    outputs = []
-    for t in range(u.shape[1]):
-        h = torch.exp(dt[:, t, :, None] * A) * h + (dt[:, t] * u[:, t])[..., None] * B[:, t, None]
-        outputs.append((h * C[:, t, None]).sum(-1) + D * u[:, t])
-    return torch.stack(outputs, dim=1)
-
-
-def reference_ssd(x, dt, A, B, C):
-    """Mamba-2's recurrence: x (B, T, H, P), dt (B, T, H), A (H,), B, C (B, T, G, N)."""
-    per_group = x.shape[2] // B.shape[2]
-    B, C = B.repeat_interleave(per_group, 2), C.repeat_interleave(per_group, 2)
-    h = x.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
-    outputs = []
-    for t in range(x.shape[1]):
-        h = torch.exp(dt[:, t] * A)[..., None, None] * h + (dt[:, t, :, None] * x[:, t])[..., None] * B[:, t, :, None]
-        outputs.append((h * C[:, t, :, None]).sum(-1))
-    return torch.stack(outputs, dim=1)
-
-
-def scan_inputs(n_tokens, *, rows=2, width=6, n_states=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    return [
-        randn(rows, n_tokens, width),
-        randn(rows, n_tokens, width),
-        -torch.exp(randn(width, n_states)),
-        randn(rows, n_tokens, n_states),
-        randn(rows, n_tokens, n_states),
-        randn(width),
-        randn(width) - 1,
-    ]
-
-
-def ssd_inputs(n_tokens, *, rows=2, heads=4, headdim=3, groups=2, n_states=5, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    return [
-        randn(rows, n_tokens, heads, headdim),
-        F.softplus(randn(rows, n_tokens, heads) - 1),
-        -torch.exp(randn(heads) + 1),
-        randn(rows, n_tokens, groups, n_states),
-        randn(rows, n_tokens, groups, n_states),
-    ]
 
 
 def value_and_grads(function, inputs, dtype, weights):
@@ -70,12 +22,22 @@ def value_and_grads(function, inputs, dtype, weights):
     return [y.detach(), *torch.autograd.grad((y * weights.to(dtype)).sum(), leaves)]
 
 
-def assert_same(ours, reference, rtol):
+def errors(ours, reference):
     """Largest error against the largest value: gradients that sum over tokens have small entries by cancellation."""
-    for i, (a, b) in enumerate(zip(ours, reference, strict=True)):
-        assert a.shape == b.shape
-        error = (a.double() - b).abs().max() / b.abs().max().clamp_min(1e-6)
-        assert error < rtol, f"output {i} is off by {error:.2e}"
+    assert [a.shape for a in ours] == [b.shape for b in reference]
+    pairs = zip(ours, reference, strict=True)
+    return [float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-6)) for a, b in pairs]
+
+
+def assert_same(ours, reference, rtol):
+    assert max(errors(ours, reference)) < rtol, errors(ours, reference)
+
+
+def compare_both(compare, subject, dtype, ours, reference, rtol):
+    output, *gradients = errors(ours, reference)
+    name, oracle = f"{subject}, {str(dtype)[6:]}", "recurrence in float64"
+    compare(name, oracle, "output, relative", output, rtol)
+    compare(name, oracle, "gradients, relative", max(gradients), rtol)
 
 
 def torch_scan(*inputs):
@@ -84,11 +46,12 @@ def torch_scan(*inputs):
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("n_tokens", LENGTHS)
-def test_scan_matches_recurrence(n_tokens, dtype, rtol):
+def test_scan_matches_recurrence(n_tokens, dtype, rtol, compare):
     inputs = scan_inputs(n_tokens)
     weights = torch.randn(2, n_tokens, 6, dtype=torch.float64)
     reference = value_and_grads(reference_scan, inputs, torch.float64, weights)
-    assert_same(value_and_grads(torch_scan, inputs, dtype, weights), reference, rtol)
+    ours = value_and_grads(torch_scan, inputs, dtype, weights)
+    compare_both(compare, "Mamba-1 scan on plain torch", dtype, ours, reference, rtol)
 
 
 @settings(max_examples=25, deadline=None)
@@ -163,15 +126,16 @@ def test_scan_is_float32_under_autocast():
 
 @pytest.mark.parametrize("chunk_size", [1, 16, 64, 512])
 @pytest.mark.parametrize("n_tokens", LENGTHS)
-def test_ssd_matches_recurrence(n_tokens, chunk_size):
+def test_ssd_matches_recurrence(n_tokens, chunk_size, compare):
     inputs = ssd_inputs(n_tokens)
     weights = torch.randn(2, n_tokens, 4, 3, dtype=torch.float64)
     reference = value_and_grads(reference_ssd, inputs, torch.float64, weights)
     ours = lambda *args: ssd_scan(*args, chunk_size=chunk_size)  # noqa: E731
     # Decays inside a chunk are differences of a running sum, which loses digits as the chunk grows.
     rtol = 5e-5 if chunk_size <= 64 else 2e-4
-    assert_same(value_and_grads(ours, inputs, torch.float32, weights), reference, rtol)
-    assert_same(value_and_grads(ours, inputs, torch.float64, weights), reference, 1e-11)
+    for dtype, limit in ((torch.float32, rtol), (torch.float64, 1e-11)):
+        name = "Mamba-2 SSD on plain torch" + (", chunks above 64" if chunk_size > 64 else "")
+        compare_both(compare, name, dtype, value_and_grads(ours, inputs, dtype, weights), reference, limit)
 
 
 def test_ssd_long_steps_do_not_overflow():

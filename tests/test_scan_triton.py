@@ -16,8 +16,9 @@ from flowhn.errors import UserError
 from flowhn.models import kernels
 from flowhn.models.mixers import Mamba1, Mamba2
 from flowhn.models.mixers.scan import selective_scan
+from flowhn.models.mixers.scan_cuda import mamba_ssm_scan
 from flowhn.models.mixers.scan_triton import DEFAULT_TILES, Tiles, triton_backward, triton_forward, triton_scan
-from test_scan import reference_scan, scan_inputs
+from recurrences import reference_scan, scan_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 # Relative to the largest value of each output. bfloat16: outputs are rounded to 8 bits.
@@ -177,37 +178,77 @@ def test_record_names_the_kernel_that_runs(pretended):
     assert kernels.kernels_used(models[Mamba1], "cpu")["ssm"] == "torch"
 
 
-GPU_TILES = [
-    DEFAULT_TILES,
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+OTHER_TILES = [
     replace(DEFAULT_TILES, keep_states=False),
     Tiles(8, 16, 32, 1, 32, 1),
     Tiles(8, 8, 128, 4, 128, 4),
     replace(DEFAULT_TILES, segments=1),
     replace(DEFAULT_TILES, segments=3, keep_states=False),
 ]
+GPU_SHAPES = [  # tokens, channels, states
+    (1, 100, 16), (2, 64, 8), (3, 96, 16), (7, 1, 16), (64, 129, 16), (255, 100, 32), (447, 300, 16), (1025, 70, 5),
+    (2047, 64, 16), (4096, 33, 16),
+]  # fmt: skip
+
+
+def check_scan(compare, scan, subject, leaves, dy):
+    """Output and gradients against the float64 recurrence; largest difference over the largest value."""
+    dtype = leaves[0].dtype
+    expected, found = wanted(leaves, dy), run(scan, leaves, dy)
+    name, oracle = f"{subject}, {str(dtype)[6:]}", "recurrence in float64"
+    compare(name, oracle, "output", worst(found[:1], expected[:1]), LIMIT[dtype])
+    compare(name, oracle, "gradients", worst(found[1:], expected[1:]), LIMIT[dtype])
+    return found
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("n_tokens", "width", "n_states"), [
-    (1, 100, 16), (2, 64, 8), (7, 1, 16), (64, 129, 16), (255, 100, 32), (447, 300, 16), (1025, 70, 5), (4096, 33, 16),
-])  # fmt: skip
-def test_scan_on_the_gpu(n_tokens, width, n_states, dtype):
+@each_dtype
+@pytest.mark.parametrize(("n_tokens", "width", "n_states"), GPU_SHAPES)
+def test_scan_on_the_gpu(n_tokens, width, n_states, dtype, compare):
     leaves, dy = case(n_tokens, width, n_states, dtype, device="cuda", rows=3)
-    expected = wanted(leaves, dy)
-    for tiles in GPU_TILES:
-        found = run(lambda *inputs, tiles=tiles: triton_scan(*inputs, tiles=tiles), leaves, dy)
-        assert worst(found, expected) < LIMIT[dtype], tiles
-        again = run(lambda *inputs, tiles=tiles: triton_scan(*inputs, tiles=tiles), leaves, dy)
-        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    found = check_scan(compare, triton_scan, "Triton selective scan", leaves, dy)
+    again = run(triton_scan, leaves, dy)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scan_compiled_on_the_gpu(dtype):
+@each_dtype
+@pytest.mark.parametrize("tiles", OTHER_TILES)
+def test_other_tiles_on_the_gpu(tiles, dtype, compare):
+    leaves, dy = case(447, 300, 16, dtype, device="cuda", rows=3)
+    check_scan(
+        compare, lambda *inputs: triton_scan(*inputs, tiles=tiles), "Triton selective scan, other tiles", leaves, dy
+    )
+
+
+@pytest.mark.gpu
+@each_dtype
+@pytest.mark.parametrize(("n_tokens", "width", "n_states"), GPU_SHAPES)
+def test_mamba_ssm_scan_on_the_gpu(n_tokens, width, n_states, dtype, compare):
+    """What ``kernels=mamba_ssm`` takes for Mamba-1."""
+    if not kernels.kernel_status()["mamba_ssm"][0]:
+        pytest.skip(f"mamba_ssm is {kernels.kernel_status()['mamba_ssm'][1]}")
+    leaves, dy = case(n_tokens, width, n_states, dtype, device="cuda", rows=3)
+    check_scan(compare, mamba_ssm_scan, "mamba_ssm selective scan", leaves, dy)
+
+
+@pytest.mark.gpu
+@each_dtype
+def test_plain_scan_on_the_gpu(dtype, compare):
+    """The path without any kernel package, whose order of work on CUDA is not the CPU's."""
+    leaves, dy = case(1023, 64, 16, dtype, device="cuda", rows=3)
+    plain = lambda *inputs: selective_scan(*inputs, kernel="torch")  # noqa: E731
+    check_scan(compare, plain, "plain selective scan on CUDA", leaves, dy)
+
+
+@pytest.mark.gpu
+@each_dtype
+def test_scan_compiled_on_the_gpu(dtype, compare):
+    torch._dynamo.reset()  # what other tests compiled counts towards torch's recompile limit
     leaves, dy = case(301, 96, 16, dtype, device="cuda")
-    compiled = torch.compile(lambda *inputs: selective_scan(*inputs, kernel="triton"), fullgraph=True)
-    assert worst(run(compiled, leaves, dy), wanted(leaves, dy)) < LIMIT[dtype]
+    compiled = torch.compile(lambda *inputs: selective_scan(*inputs, kernel="triton"), fullgraph=True, dynamic=False)
+    check_scan(compare, compiled, "Triton selective scan, compiled", leaves, dy)
 
 
 @pytest.mark.gpu

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
 from flowhn import train
 from flowhn.config import compose, groups
 from flowhn.errors import UserError
-from flowhn.sweeps import Job, read_jobs, run_job, sweep_table
+from flowhn.reporting.record import read_record
+from flowhn.sweeps import Job, read_jobs, run_job, sweep_table, take_device
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +92,89 @@ def test_launchers_with_processes_of_their_own(launcher, home):
     code, folder = sweep(home, f"launcher={launcher}", "seed=0,2", "lr=1e-3")
     assert code == 0
     assert [Path(job.record).is_file() for job in read_jobs(folder)] == [True, True]
+
+
+def test_a_run_on_several_devices_is_a_command_of_its_own(home):
+    """Two processes on the CPU."""
+    code, folder = sweep(home, "device=cpu", "trainer.devices=2", "seed=5")
+    assert code == 0
+    (job,) = read_jobs(folder)
+    assert read_record(Path(job.record)).config["trainer"]["devices"] == 2
+    assert (folder / "0" / "output.log").read_text().count("[1/1] ") == 2  # both processes say what they begin
+
+
+def test_its_failure_is_the_sentence_it_ended_with(home, monkeypatch):
+    def run(command, *, stdout, **options):
+        assert command[1:3] == ["-m", "flowhn.train"]
+        stdout.write("so far so good\nerror: device 1 went away; try again\n")
+        return subprocess.CompletedProcess(command, 2)
+
+    monkeypatch.setattr("flowhn.train.subprocess.run", run)
+    code, folder = sweep(home, "device=cpu", "trainer.devices=2", "seed=6")
+    assert code == 2
+    (job,) = read_jobs(folder)
+    assert job.error.startswith("device 1 went away; try again (output: ")
+
+
+def test_each_process_takes_a_device_of_its_own(tmp_path, monkeypatch):
+    from filelock import FileLock
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    other = FileLock(tmp_path / ".device-0.lock")  # another process of the sweep
+    other.acquire()
+    take_device(tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    take_device(tmp_path)  # the next run in this process keeps it
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert compose("train", ["launcher=multi_gpu"]).trainer.devices == "auto"
+
+
+@pytest.mark.parametrize(
+    ("name", "n_runs"),
+    [
+        ("balance", 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("split", 4), ("fusion", 6), ("ratio", 9), ("ssm", 8))
+        ),
+    ],
+)
+def test_ablations_as_sweeps_make_the_grid_of_their_file(name, n_runs, home, monkeypatch):
+    ran = []
+
+    def run(cfg):
+        ran.append(cfg)
+        raise UserError("not run here")
+
+    monkeypatch.setattr(train, "_run", run)
+    code, _ = sweep(home[1:], f"experiment=ablation_{name}")
+    assert (code, len(ran)) == (2, n_runs)
+    assert len({json.dumps(OmegaConf.to_container(cfg.model)) for cfg in ran}) == n_runs
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_with_the_same_command(home, tmp_path):
+    """SIGKILL once a first run is done: what is done stays, the stopped run goes on from its checkpoint."""
+    words = ["-m", "seed=0,1,2", *home, "budget=30k", f"output_dir={tmp_path}", "trainer.checkpoint.every_n_steps=5"]
+    words += [f"hydra.sweep.dir={tmp_path}/sweep"]
+    command = [sys.executable, "-m", "flowhn.train", *words]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while len(list(tmp_path.glob("runs/*-s1-*/checkpoints/*.json"))) < 1:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    (first,) = tmp_path.glob("runs/*-s0-*/record.json")
+    before = first.stat().st_mtime_ns
+    GlobalHydra.instance().clear()
+    assert train._main(words) == 0
+    assert first.stat().st_mtime_ns == before
+    (second,) = tmp_path.glob("runs/*-s1-*/record.json")
+    assert read_record(second).resumed == 1
+    assert len(pd.read_csv(tmp_path / "sweep" / "summary.csv")) == 3
 
 
 def test_a_search_for_rate_and_ratio(home):

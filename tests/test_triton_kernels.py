@@ -42,39 +42,59 @@ def relative(found, wanted) -> float:
     return float((found.double() - wanted).norm() / wanted.norm().clamp_min(1e-12))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("shape", [*SHAPES, (4, 447, 1536, 4)])
-def test_convolution_on_the_gpu(shape, dtype, limit):
+def check_conv(compare, function, subject, shape, dtype, limit):
     wide, weight, bias, dy = conv_case(shape, "cuda", dtype)
-    wanted = conv_reference(wide, weight, bias, dy)
-    torch._dynamo.reset()  # each shape compiles anew, up to a limit
-    for compiled in (False, True):
-        function = torch.compile(causal_conv_silu, dynamic=False, fullgraph=True) if compiled else causal_conv_silu
-        leaves = [leaf.clone().requires_grad_() for leaf in (wide, weight, bias)]
-        y = function(leaves[0].chunk(2, -1)[1], *leaves[1:], kernel="mamba_ssm")
-        y.backward(dy)
-        found = [y.detach(), leaves[0].grad.chunk(2, -1)[1], leaves[1].grad, leaves[2].grad]
-        assert max(relative(a, b) for a, b in zip(found, wanted, strict=True)) < limit
+    expected = conv_reference(wide, weight, bias, dy)
+    leaves = [leaf.clone().requires_grad_() for leaf in (wide, weight, bias)]
+    y = function(leaves[0].chunk(2, -1)[1], *leaves[1:], kernel="triton")
+    y.backward(dy)
+    found = [y.detach(), leaves[0].grad.chunk(2, -1)[1], leaves[1].grad, leaves[2].grad]
+    errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
+    name = f"{subject}, {str(dtype)[6:]}"
+    compare(name, "plain torch in float64", "output", errors[0], limit)
+    compare(name, "plain torch in float64", "gradients", max(errors[1:]), limit)
+
+
+DTYPES = pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@DTYPES
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 447, 1536, 4), (2, 1023, 160, 4), (1, 4096, 200, 4)])
+def test_convolution_on_the_gpu(shape, dtype, limit, compare):
+    check_conv(compare, causal_conv_silu, "Triton convolution with SiLU", shape, dtype, limit)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("shape", [SHAPES[0], (4, 447, 1536, 4)])
+def test_compiled_convolution_on_the_gpu(shape, dtype, limit, compare):
+    torch._dynamo.reset()  # each shape compiles anew, up to torch's recompile limit
+    compiled = torch.compile(causal_conv_silu, dynamic=False, fullgraph=True)
+    check_conv(compare, compiled, "Triton convolution with SiLU, compiled", shape, dtype, limit)
+
+
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize("n_tokens", [1, 33, 1023])
 @pytest.mark.parametrize("n_classes", [65_536, 2048, 1000])
-def test_loss_on_the_gpu(n_classes, dtype, limit):
+def test_loss_on_the_gpu(n_classes, n_tokens, dtype, limit, compare):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 33, 64, generator=generator)
+    hidden = torch.randn(2, n_tokens, 64, generator=generator)
     weight = torch.randn(n_classes, 64, generator=generator) / 4
-    labels = torch.randint(n_classes, (2, 33), generator=generator)
+    labels = torch.randint(n_classes, (2, n_tokens), generator=generator)
     labels[0, 3:9] = IGNORE
     results = []
-    for device, kind, function in (("cpu", torch.float64, token_loss), ("cuda", torch.float32, training_loss)):
-        leaves = [leaf.to(device, kind).requires_grad_() for leaf in (hidden, weight)]
-        with torch.autocast("cuda", dtype=dtype, enabled=device == "cuda" and dtype == torch.bfloat16):
-            loss = function(leaves[0], leaves[1], None, labels.to(device))
+    for kind, function in ((torch.float64, token_loss), (torch.float32, training_loss)):
+        leaves = [leaf.to("cuda", kind).requires_grad_() for leaf in (hidden, weight)]
+        with torch.autocast("cuda", dtype=dtype, enabled=kind == torch.float32 and dtype == torch.bfloat16):
+            loss = function(leaves[0], leaves[1], None, labels.cuda())
         (3 * loss).backward()
-        results.append([loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)])
-    assert max(relative(a, b.double()) for a, b in zip(results[1], results[0], strict=True)) < limit
+        results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    errors = [relative(a, b.double()) for a, b in zip(results[1], results[0], strict=True)]
+    name = f"Triton cross-entropy, {str(dtype)[6:]}"
+    compare(name, "plain torch in float64", "loss", errors[0], limit)
+    compare(name, "plain torch in float64", "gradients", max(errors[1:]), limit)
 
 
 def test_without_cuda_the_plain_paths_run():

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from flowhn.config import compose, config_dir, nearest
+from flowhn.config import compose, config_dir, nearest, parse_tokens
 from flowhn.errors import UserError
 from flowhn.runs import Run, plan
 
@@ -30,6 +30,7 @@ class Artefact:
         overrides: for every cell, before its own and the user's.
         figures, tables: names for :func:`flowhn.reporting.artefact.write_artefact` (not for ablations).
         budgets: by name ``overrides``, and optionally ``seeds`` and ``cells`` (instead of those of the same name).
+        measure: ``branches`` measures the trained models (:mod:`flowhn.run_branches`) instead of tabulating their records.
         bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count).
         lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens.
         seeds: by size, the seeds of cells that are trained more than once.
@@ -46,6 +47,7 @@ class Artefact:
     tables: list[str] = field(default_factory=lambda: ["verdicts"])
     cells: dict[str, list[str]] = field(default_factory=dict)
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    measure: str | None = None
     bench: dict[str, Any] | None = None
     lr: dict[str, dict[str, float]] = field(default_factory=dict)
     seeds: dict[str, dict[str, list[int]]] = field(default_factory=dict)
@@ -87,12 +89,18 @@ def preset(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, dict[str,
     """The budget's name, what the artefact says about it, and the user's overrides without the budget's name.
 
     A budget that is no name of the artefact (a number of tokens) replaces the laptop's tokens alone.
+
+    Raises:
+        UserError: a budget that is neither.
     """
     if not artefact.budgets:
         return "", {}, list(overrides)
     asked = next((word.partition("=")[2] for word in overrides if word.startswith("budget=")), DEFAULT_BUDGET)
     if asked in artefact.budgets:
         return asked, artefact.budgets[asked], [word for word in overrides if not word.startswith("budget=")]
+    if artefact.bench is not None:
+        raise UserError(f"budget={asked} is not one of {', '.join(artefact.budgets)}, which {artefact.name} can take")
+    parse_tokens(asked, dict.fromkeys(artefact.budgets, 1))
     return asked, artefact.budgets[DEFAULT_BUDGET], list(overrides)
 
 

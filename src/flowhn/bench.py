@@ -43,6 +43,7 @@ def _main(argv: Sequence[str]) -> int:
     specs = list(plan(config))
     if config["prepare"]:
         _prepare(specs, folder, config)
+    cold = _cold_seconds(folder)
     begun, left = time.monotonic(), []
     for number, spec in enumerate(specs, start=1):
         path = folder / "records" / f"{spec_name(spec)}.json"
@@ -53,8 +54,10 @@ def _main(argv: Sequence[str]) -> int:
             continue
         sys.stderr.write(f"[{number}/{len(specs)}] {spec_name(spec)}\n")
         record = {**_run(spec, config["cell_timeout_s"]), "case": case["name"]}
-        if record["git"]["commit"] is None:
-            record["git"] = {"commit": config["commit"], "dirty": None}
+        if spec_name(spec) in cold:  # the timed process found its kernels in the caches
+            record["cold_first_step_seconds"] = cold[spec_name(spec)]
+        if config["commit"] is not None:
+            record["git"] = {"commit": str(config["commit"]), "dirty": None}
         write_bench_record(path, record)
         sys.stderr.write(f"    {_line(record)}\n")
     records = find_bench_records(folder / "records")
@@ -69,15 +72,26 @@ def _main(argv: Sequence[str]) -> int:
     return 2 if failed else 0
 
 
+def _cold_seconds(folder: Path) -> dict[str, float]:
+    """Seconds of the first step of each cell that was prepared, compilation (beside other cells') in it."""
+    path = folder / "prepared.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def _prepare(specs: Sequence[Mapping[str, Any]], folder: Path, config: Mapping[str, Any]) -> None:
     """Compile the missing cells, several at a time, so that the timed pass finds its kernels in the caches."""
+    cold = _cold_seconds(folder)
     missing = [spec for spec in specs if not (folder / "records" / f"{spec_name(spec)}.json").is_file()]
     with ThreadPoolExecutor(config["prepare"]) as pool:
         jobs = [{**spec, "windows": 0, "warmup_steps": 0, "profile": False} for spec in missing]
         for spec, result in zip(missing, pool.map(lambda job: _run(job, config["cell_timeout_s"]), jobs), strict=True):
             seconds = result.get("first_step_seconds")
+            if seconds is not None:
+                cold[spec_name(spec)] = seconds
             how = f"first step {seconds:.0f} s" if seconds is not None else f"{result['status']}: {result['reason']}"
             sys.stderr.write(f"prepared {spec_name(spec)}: {how}\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "prepared.json").write_text(json.dumps(cold), encoding="utf-8")
 
 
 def plan(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

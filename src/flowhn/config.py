@@ -20,8 +20,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from flowhn.config_checks import check_values
+from flowhn.config_checks import BENCH_CHECKS, CHECKS, check_values
 from flowhn.errors import UserError
+from flowhn.own_classes import check_own, code_of, is_own, register
 
 if TYPE_CHECKING:
     from flowhn.models import CausalLM
@@ -31,7 +32,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 # between a run and its continuation, and does not make another record.
 IDENTITY_KEYS = (
     "model", "vocab_size", "seq_len", "data", "tokens", "global_batch_tokens", "optimizer", "schedule",
-    "seed", "eval", "precision", "clip_grad_norm", "val_rows", "val_points", "compile", "device",
+    "seed", "eval", "precision", "clip_grad_norm", "val_rows", "val_points", "compile", "device", "own_code",
 )  # fmt: skip
 
 
@@ -70,7 +71,8 @@ def _tokens_resolver(budget: Any, named: Any) -> int:
 
 
 def register_resolvers() -> None:
-    """Register ``${tokens:budget,names}``; calling it again is harmless."""
+    """Register ``${tokens:budget,names}`` and options that are classes of one's own; calling it again is harmless."""
+    register()
     OmegaConf.register_new_resolver("tokens", _tokens_resolver, replace=True)
 
 
@@ -116,8 +118,11 @@ def compose(root: str = "train", overrides: Iterable[str] = ()) -> DictConfig:
     except (HydraException, OmegaConfBaseException, KeyError, ValueError, AttributeError, TypeError,
             RecursionError) as error:  # fmt: skip
         raise _explain(error, root, overrides) from error
-    if root == "train":
-        check_values(OmegaConf.to_container(cfg))
+    if root == "train" and (own := code_of(OmegaConf.to_container(cfg.model))):
+        with open_dict(cfg):
+            cfg.own_code = own
+    if root in ("train", "bench"):
+        check_values(OmegaConf.to_container(cfg), checks=CHECKS if root == "train" else BENCH_CHECKS)
     return cfg
 
 
@@ -136,7 +141,9 @@ def _check_overrides(overrides: list[str]) -> None:
         group = key.lstrip("+~").split("@")[0]
         if group in known and value == "null" and group not in _MAY_BE_NULL:
             raise UserError(f"{group}=null is not possible; {nearest(group, known[group])}")
-        if group in known and re.fullmatch(r"[\w.\-]+", value) and value != "null" and value not in known[group]:
+        if is_own(group, value):
+            check_own(group, value)
+        elif group in known and re.fullmatch(r"[\w.\-]+", value) and value != "null" and value not in known[group]:
             raise UserError(f"{group}={value} does not exist; {nearest(value, known[group])}")
 
 

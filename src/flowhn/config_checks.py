@@ -81,7 +81,8 @@ CHECKS: dict[str, Check] = {
     **dict.fromkeys(("cache_dir", "output_dir"), _FOLDER),
     "trainer.devices": _either("auto", _whole(1)),
     "trainer.num_nodes": _whole(1),
-    "trainer.strategy": _TEXT,
+    "trainer.strategy": (lambda value: value in ("auto", "ddp", "fsdp"), "auto, ddp or fsdp"),
+    "trainer.timeout_minutes": _number(0, open_low=True),
     **dict.fromkeys(("trainer.deterministic", "trainer.progress_bar"), _TRUTH),
     **dict.fromkeys(("trainer.log_every", "trainer.checkpoint.every_n_steps"), _or_null(_whole(1))),
     "trainer.checkpoint.seconds": _or_null(_number(0, open_low=True)),
@@ -102,23 +103,34 @@ CHECKS: dict[str, Check] = {
     "size.mamba2.*": _whole(1),
 }
 
+BENCH_CHECKS: dict[str, Check] = {
+    "seq_len": _or_null(_whole(1)),
+    **dict.fromkeys(("windows", "steps_per_window"), _whole(1)),
+    **dict.fromkeys(("warmup_steps", "prepare", "repeat", "seed"), _whole(0)),
+    "cell_timeout_s": _number(0, open_low=True),
+    "max_minutes": _or_null(_number(0)),
+    **dict.fromkeys(("profile", "debug"), _TRUTH),
+    "output_dir": _FOLDER,
+}
+"""The same for ``configs/bench.yaml``."""
 
-def check_values(config: Mapping[str, Any], prefix: str = "") -> None:
-    """Check every key of a resolved training config that :data:`CHECKS` knows.
+
+def check_values(config: Mapping[str, Any], prefix: str = "", checks: Mapping[str, Check] = CHECKS) -> None:
+    """Check every key of a resolved config that ``checks`` knows.
 
     Raises:
         UserError: the first value that cannot be; the sentence names the key, the value and what it must be.
     """
     if not prefix:
-        for key in CHECKS:
+        for key in checks:
             if key.isidentifier() and key not in config:
                 raise UserError(f"{key} was removed, and a run needs it; set it to a value instead")
     # Single values first: where a group takes one over, the sentence names the key that the user wrote.
     for name, value in sorted(config.items(), key=lambda item: isinstance(item[1], Mapping)):
         key = f"{prefix}{name}"
-        check = next((check for pattern, check in CHECKS.items() if fnmatch(key, pattern)), None)
+        check = next((check for pattern, check in checks.items() if fnmatch(key, pattern)), None)
         if check is not None and not check[0](value):
             shown = repr(value) if isinstance(value, str) else "null" if value is None else value
             raise UserError(f"{key}={shown} must be {check[1]}")
         if isinstance(value, Mapping) and key != "model":
-            check_values(value, f"{key}.")
+            check_values(value, f"{key}.", checks)

@@ -1,9 +1,11 @@
-"""``flowhn-convert``: weights of the paper's published code as a folder that flowhn loads.
+"""``flowhn-convert``: weights of the paper's published code as a folder that flowhn loads; a checkpoint as one file.
 
     flowhn-convert published WEIGHTS.safetensors|.pth --config CONFIG.json --out DIR
+    flowhn-convert checkpoint outputs/runs/NAME/checkpoints/step-00000120.ckpt --out FILE.safetensors
 
 CONFIG.json holds the keys of :class:`flowhn.models.convert.published.PublishedConfig`. DIR is then loaded like a finished
-run: ``flowhn.load(DIR)``. A ``.pth`` is read with ``weights_only=True``; nothing in it is ever executed.
+run: ``flowhn.load(DIR)``. A ``.pth`` is read with ``weights_only=True``; nothing in it is ever executed. A checkpoint is a
+file, or the folder that sharded training (trainer=fsdp) on any number of devices wrote.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 _TRAINED_LENGTH = 1024  # tokens a row, in the published training scripts (paper.md)
 _WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which a checkpoint often holds its weights
-_PREFIXES = ("_orig_mod.", "module.")  # put in front of every name by torch.compile and by DistributedDataParallel
+# Put into names by torch.compile, DistributedDataParallel, FSDP and activation checkpointing, at any depth.
+_WRAPPED = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def main() -> None:
@@ -39,7 +42,7 @@ def _main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="flowhn-convert", description="Turn weights of another implementation into ours.", allow_abbrev=False
     )
-    kinds = parser.add_subparsers(dest="source", required=True, metavar="published")
+    kinds = parser.add_subparsers(dest="source", required=True, metavar="published|checkpoint")
     published = kinds.add_parser(
         "published",
         help="the paper's published code (Parallel-Hybrid-Model), modes A to D",
@@ -49,10 +52,42 @@ def _main(argv: Sequence[str]) -> int:
     published.add_argument("weights", type=Path, help="its state dict: a .safetensors or a .pth file")
     published.add_argument("--config", type=Path, required=True, help="its config: a JSON object with mode and sizes")
     published.add_argument("--out", type=Path, required=True, help="folder to write, made if it is not there")
+    checkpoint = kinds.add_parser(
+        "checkpoint",
+        help="a checkpoint of a run, also a sharded one",
+        description="Write the weights of a checkpoint, sharded or not, as one safetensors file.",
+        allow_abbrev=False,
+    )
+    checkpoint.add_argument("path", type=Path, help="outputs/runs/NAME/checkpoints/step-....ckpt")
+    checkpoint.add_argument("--out", type=Path, required=True, help="the .safetensors file to write")
     args = parser.parse_args(list(argv))
-    convert_published(args.weights, args.config, args.out)
+    if args.source == "checkpoint":
+        convert_checkpoint(args.path, args.out)
+    else:
+        convert_published(args.weights, args.config, args.out)
     sys.stdout.write(f"written: {args.out}\n")
     return 0
+
+
+def convert_checkpoint(path: Path, out: Path) -> None:
+    """Write the network's weights in a checkpoint as one safetensors file, by the names of ``model.safetensors`` of a run.
+
+    Args:
+        path: a file, or the folder of a sharded checkpoint; its hashes are checked.
+        out: the file; its folder is made if it is not there.
+
+    Raises:
+        UserError: no such checkpoint, a damaged one, or a disk that cannot be written.
+    """
+    from flowhn.run_folder import save_tensors
+    from flowhn.training.checkpoints import read_weights
+
+    prefix = "net."  # the network is the LightningModule's attribute of that name
+    weights = {name.removeprefix(prefix): tensor for name, tensor in read_weights(path).items()}
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise UserError(f"--out={out} has to be a file that ends with .safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(weights, out)
 
 
 def convert_published(weights: Path, config: Path, out: Path) -> None:
@@ -181,21 +216,30 @@ def _read_pickle(path: Path) -> Any:
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     import torch
 
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    while isinstance(content, Mapping) and (keys := [k for k in _WRAPPERS if isinstance(content.get(k), Mapping)]):
+        content = content[keys[0]]
     fits = isinstance(content, Mapping) and content
     if not fits or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
         raise UserError(
             f"{path} holds no state dict (names and tensors); save it with torch.save(model.state_dict(), 'weights.pth')"
         )
-    tensors = dict(content)
-    for prefix in _PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    tensors = _unwrapped(content)
     odd = [name for name, t in tensors.items() if not t.is_floating_point() or t.layout != torch.strided]
     if odd:
         raise UserError(f"{path} holds {odd[0]} as {tensors[odd[0]].dtype}; save plain floating-point weights")
     return tensors
+
+
+def _unwrapped(content: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without what wrappers put into the names, and without the one prefix of all (``model.`` of a Lightning module)."""
+    names = {name: ".".join(part for part in name.split(".") if part not in _WRAPPED) for name in content}
+    if len(set(names.values())) < len(names):
+        return dict(content)  # two names became one: nothing was a wrapper
+    prefixes = {name.removesuffix("lm_head.weight") for name in names.values() if name.endswith("lm_head.weight")}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    if not all(name.startswith(prefix) for name in names.values()):
+        prefix = ""
+    return {short.removeprefix(prefix): content[name] for name, short in names.items()}
 
 
 def _matched(

@@ -14,6 +14,7 @@ from flowhn.errors import UserError
 from flowhn.reporting.record import RunRecord, config_hash, environment, write_record
 from flowhn.run_balance import balance_by_time
 from flowhn.run_folder import CONFIG_NAME, TRAINED_NAME, write_json
+from flowhn.run_tracking import close_run
 from flowhn.run_training import Trained, fit_run, real_tokens_per_step, train_run
 from flowhn.runs import Progress, Run, cell_name, process_rank
 
@@ -75,13 +76,17 @@ class Workshop:
             self._help_train(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(run.folder / "lock")
+        record = None
         try:
             with lock.acquire(timeout=0):
-                return self._run_locked(run, on_progress, say)
+                record = self._run_locked(run, on_progress, say)
+                return record
         except Timeout:
             raise UserError(
                 f"another process works in {run.folder}; wait for it or set output_dir= elsewhere"
             ) from None
+        finally:
+            close_run(run, record, say)
 
     def _help_train(self, run: Run) -> NoReturn:
         """A process beside the first (another device): takes its share of the training and ends; the first does the rest."""

@@ -14,6 +14,7 @@ from flowhn.data.prepared import TOKENIZER_NAMES
 from flowhn.data.tokenization import TextTokenizer, open_tokenizer
 from flowhn.errors import UserError
 from flowhn.models import CausalLM
+from flowhn.own_classes import look_here
 from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, file_sha256, tokenizer_hash
 
 _NEEDED = ("model", "vocab_size", "seq_len", "data", "eval", "choices")  # what loading, evaluation and export read
@@ -56,7 +57,9 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: b
         raise UserError(
             f"{folder} has no {WEIGHTS_NAME}: its training is not finished; run its command again to finish it"
         )
-    if not trust:
+    if trust:
+        look_here()
+    else:
         check_targets(config["model"])
     model = build_model(config)
     load_weights(model, folder / WEIGHTS_NAME, sha256=content.get("weights_sha256"))

@@ -11,9 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from flowhn import run_report
 from flowhn.artefacts import Artefact, Plan, artefact_files, load_artefact, plan_cells
 from flowhn.cli import run_entry
 from flowhn.errors import UserError
+from flowhn.run_tracking import track_artefact
 from flowhn.runs import Run
 
 EPILOG = """examples:
@@ -34,6 +36,9 @@ def _main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     if args.list:
         return _list()
+    if run_report.NAME in args.artefacts:
+        _say(f"written: {run_report.make_report(args.overrides)}")
+        return 0
     return max([_make(load_artefact(name), args) for name in args.artefacts])
 
 
@@ -50,6 +55,8 @@ def _make(artefact: Artefact, args: argparse.Namespace) -> int:
     failed = _run_missing(artefact.title, wanted.wanted)
     folder = _write(artefact, wanted, _command(artefact, args))
     _show(artefact, folder, keep=args.keep)
+    if folder is not None:
+        track_artefact(artefact.name, folder, next(iter(wanted.wanted.values())).config, say=_say)
     for cell, reason in failed.items():
         sys.stderr.write(f"error: {cell} has no record: {reason}\n")
     return 2 if failed else 0
@@ -104,6 +111,7 @@ def _list() -> int:
     for name in artefact_files():
         artefact = load_artefact(name)
         sys.stdout.write(f"{name:<20} {artefact.title}\n{'':<20} {artefact.question or artefact.claim}\n")
+    _say(f"{run_report.NAME:<20} {run_report.TITLE}")
     return 0
 
 
@@ -189,6 +197,7 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
     """
     from flowhn.reporting.ablations import write_ablation
     from flowhn.reporting.artefact import keep_records, write_artefact
+    from flowhn.run_branches import measure_runs
 
     records = [
         replace(record, cell=run.config["cell"])
@@ -200,6 +209,8 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
     config = next(iter(runs.wanted.values())).config
     choices = config["choices"]
     folder = Path(config["output_dir"]) / artefact.name / f"{choices['size']}-{choices['data']}-{runs.budget}"
+    if artefact.measure is not None:
+        return measure_runs({**runs.wanted, **runs.others}, folder, title=artefact.title)
     if artefact.question is not None:
         keep_records(records, folder / "records")
         write_ablation(artefact.name, folder, title=artefact.title, command=command)
@@ -225,6 +236,10 @@ def _count_overlap(config: dict[str, Any], folder: Path) -> None:
         write_overlap(config, Workshop(), folder)
     except UserError as error:  # text or questions are gone since the runs: an earlier count stays
         sys.stderr.write(f"the overlap of questions and training text was not counted: {error}\n")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
 
 
 def _show(artefact: Artefact, folder: Path | None, *, keep: bool) -> None:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,28 @@ def save_weights(model: Any, folder: Path) -> None:
     Raises:
         UserError: the disk is full or not writable; nothing is left behind.
     """
+    save_tensors(model.state_dict(), folder / WEIGHTS_NAME)
+
+
+def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
+    """Write tensors as one safetensors file.
+
+    Raises:
+        UserError: the disk is full or not writable; nothing is left behind.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    temporary = folder / f".{WEIGHTS_NAME}.tmp"
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(weights, temporary, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{folder / WEIGHTS_NAME} cannot be written ({error}); free some space or set output_dir= elsewhere and run again"
+            f"{path} cannot be written ({error}); free some space or set output_dir= elsewhere and run again"
         ) from error
-    os.replace(temporary, folder / WEIGHTS_NAME)
+    os.replace(temporary, path)
 
 
 def copy_tokenizer(prepared: Any, folder: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from flowhn.config import build_model
@@ -21,6 +21,7 @@ from flowhn.run_folder import (
     tokenizer_hash,
     write_json,
 )
+from flowhn.run_tracking import LOGGER, logger_options
 from flowhn.runs import Progress, Run, process_rank
 
 
@@ -52,7 +53,10 @@ def train_run(run: Run, prepared: Any, on_progress: Callable[[Progress], None], 
     except RuntimeError as error:
         _explain_determinism(error)
         raise
-    fitted = {key: value for key, value in asdict(result).items() if key != "skipped"}
+    if result.weights is not None:  # the trained network is sharded; what follows is done by one process
+        model = build_model(config)
+        model.load_state_dict(result.weights)
+    fitted = {key: value for key, value in vars(result).items() if key not in ("skipped", "weights")}
     fitted["kernels"] = _kernels(model, hardware)
     save_weights(model, folder)
     copy_tokenizer(prepared, folder)
@@ -178,12 +182,7 @@ def _loggers(run: Run) -> list[Any]:
     made = []
     for name, spec in run.config["logger"].items():
         options = {"save_dir": str(run.folder)}
-        if name == "wandb":
-            options |= {
-                "name": run.name,
-                "id": run.run_id,
-                "offline": not os.environ.get("WANDB_API_KEY"),
-                "config": run.config,
-            }
+        if name == LOGGER:
+            options |= logger_options(run)
         made.append(instantiate(spec, _convert_="all")(**options))
     return made

@@ -58,8 +58,12 @@ class Run:
 
 
 def process_rank() -> int:
-    """Number of this process among those of one run: 0 for the first or only one. Set by torchrun, Slurm or Lightning."""
-    return next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
+    """Number of this process among those of one run: 0 for the first or only one. Set by torchrun, Slurm or Lightning.
+
+    Without torchrun and Slurm each node's first process starts the others there; on later nodes any number above 0 does.
+    """
+    given = next((int(os.environ[key]) for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if key in os.environ), 0)
+    return given if "RANK" in os.environ or given else int(os.environ.get("NODE_RANK", 0))
 
 
 def cell_name(config: Mapping[str, Any]) -> str:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -22,6 +24,7 @@ from flowhn.run_folder import write_json
 JOB_NAME = "job.json"
 LOG_NAME = "error.log"
 WORST = math.inf  # what a search is told of a run that failed
+_taken: dict[Path, Any] = {}  # sweep's folder -> lock of the device that this process has
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,32 @@ def run_job(
     write_json(folder / JOB_NAME, asdict(job) | {"record": str(path)})
     loss = record.losses["final_val"]
     return WORST if loss is None else loss
+
+
+def take_device(folder: Path) -> None:
+    """Give this process one CUDA device that no other process of the sweep has; nothing with fewer than two devices.
+
+    The first free number is kept, by a lock in the sweep's folder, until the process ends; with more processes than devices
+    the later ones share. Must come before CUDA is used: the choice is the environment's ``CUDA_VISIBLE_DEVICES``.
+    """
+    import torch
+    from filelock import FileLock, Timeout
+
+    n_devices = torch.cuda.device_count()
+    if n_devices < 2 or folder in _taken:
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(n_devices)))
+    folder.mkdir(parents=True, exist_ok=True)
+    number = os.getpid() % n_devices
+    for candidate in range(n_devices):
+        lock = FileLock(folder / f".device-{candidate}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        _taken[folder], number = lock, candidate
+        break
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number]
 
 
 def read_jobs(folder: Path) -> list[Job]:

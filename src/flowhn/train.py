@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -21,7 +22,7 @@ from flowhn.errors import UserError
 from flowhn.experiment import Workshop, summary
 from flowhn.reporting.record import RunRecord
 from flowhn.runs import plan
-from flowhn.sweeps import run_job, write_summary
+from flowhn.sweeps import run_job, take_device, write_summary
 
 # These belong to Hydra's own command line; a plain run is composed by ours, whose errors are one sentence.
 _HYDRA_FLAGS = {
@@ -114,9 +115,37 @@ def _job(cfg: DictConfig) -> float:
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
     folder = Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir
-    return run_job(
-        lambda: _run(compose("train", overrides)), folder=folder, number=hydra_config.job.num, overrides=overrides
-    )
+    if hydra_config.runtime.choices.get("launcher") == "joblib":
+        take_device(Path(hydra_config.sweep.dir))
+
+    def body() -> tuple[RunRecord, Path]:
+        cfg = compose("train", overrides)
+        return _run(cfg) if cfg.trainer.devices == 1 else _run_apart(cfg, overrides, folder)
+
+    return run_job(body, folder=folder, number=hydra_config.job.num, overrides=overrides)
+
+
+def _run_apart(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> tuple[RunRecord, Path]:
+    """A run on several devices, as a command of its own: each further process repeats the command that started the first.
+
+    Raises:
+        UserError: it ended without a record; its own sentence, and where its output is.
+    """
+    run = plan(cfg)
+    record = run.record()
+    if record is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "output.log"
+        with log.open("w", encoding="utf-8") as output:
+            command = [sys.executable, "-m", "flowhn.train", *overrides]
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+        record = run.record()
+        if record is None:
+            told = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
+            reason = told[-1].removeprefix("error: ") if told else f"it ended with exit code {done.returncode}"
+            raise UserError(f"{reason} (output: {log})")
+    sys.stdout.write(f"{run.name}: {summary(record)}\nrecord: {run.record_path}\n")
+    return record, run.record_path.absolute()
 
 
 def _run(cfg: DictConfig) -> tuple[RunRecord, Path]:

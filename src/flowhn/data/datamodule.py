@@ -16,6 +16,7 @@ from flowhn.data.sampling import GlobalOrderSampler, SampleOrder
 from flowhn.errors import UserError
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+PADDING_ROW = -1  # index of a row that counts in no loss
 
 
 class TokenRows(torch.utils.data.Dataset):
@@ -39,13 +40,14 @@ class TokenRows(torch.utils.data.Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """A batch: ``input_ids`` and ``labels``, both (B, T) long; labels are -100 where there is no loss."""
-        table = self._rows[indices]
+        table = self._rows[[max(index, 0) for index in indices]]
         flat = table["input_ids"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
         rows = torch.from_numpy(flat.astype(np.int64)).view(len(indices), -1)  # (B, T + 1)
         labels = rows[:, 1:].clone()  # (B, T)
         if self._has_padding and not self._loss_on_padding:
             n_real = torch.from_numpy(table["n_real"].to_numpy().astype(np.int64))
             labels[torch.arange(1, rows.shape[1]) >= n_real[:, None]] = IGNORED
+        labels[[index == PADDING_ROW for index in indices]] = IGNORED
         return {"input_ids": rows[:, :-1].contiguous(), "labels": labels}
 
 
@@ -135,6 +137,7 @@ class TokenDataModule(LightningDataModule):
         rows = self.prepared.val
         count = min(self.val_rows or len(rows), len(rows))
         chosen = [index * len(rows) // count for index in range(count)]
+        chosen += [PADDING_ROW] * (-count % world_size)  # every device has as many batches: they wait for each other
         return self._loader(rows, self.val_batch_size, chosen[rank::world_size])
 
     def _place(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from flowhn.reporting import style
 _DPI = 200
 
 
-def throughput_figure(frame: pd.DataFrame, path: Path) -> Figure:
+def throughput_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
     """Bars of tokens/s and points of MFU, one panel for each size; columns as in ``bench_table``."""
     sizes = style.sizes_in_order(frame["size"])
     with matplotlib.rc_context(style.FONT):
@@ -33,7 +33,8 @@ def throughput_figure(frame: pd.DataFrame, path: Path) -> Figure:
                 twin.set_ylim(bottom=0)
                 twin.set_ylabel("MFU % (points)")
                 twin.spines["top"].set_visible(False)
-        figure.savefig(path, dpi=_DPI)
+        if path is not None:
+            figure.savefig(path, dpi=_DPI)
     return figure
 
 
@@ -43,7 +44,7 @@ def _color(cell: str) -> str:
     return style.look("flowhn_fac" if "_fac" in cell or cell.startswith("fac_") else cell).color
 
 
-def length_figure(frame: pd.DataFrame, path: Path) -> Figure:
+def length_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
     """Tokens/s over sequence length, one line for each model."""
     with matplotlib.rc_context(style.FONT):
         figure = Figure(figsize=(5.5, 3.5), layout="constrained")
@@ -62,5 +63,6 @@ def length_figure(frame: pd.DataFrame, path: Path) -> Figure:
         axis.set_ylabel("1,000 tokens/s")
         axis.legend(frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
-        figure.savefig(path, dpi=_DPI)
+        if path is not None:
+            figure.savefig(path, dpi=_DPI)
     return figure

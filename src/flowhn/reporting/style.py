@@ -43,6 +43,8 @@ _OTHER_MARKERS = ("X", "h", "<", ">", "p", "d")
 SIZE_ORDER = ("tiny", "135m", "350m", "1b")
 SIZE_COLORS = {"tiny": "#A6A6A6", "135m": _SKY, "350m": _BLUE, "1b": _ORANGE}
 SIZE_NAMES = {"tiny": "tiny", "135m": "135M", "350m": "350M", "1b": "1B"}
+# The two branches of a FlowHN block.
+BRANCH_COLORS = {"attention": _BLUE, "ssm": _ORANGE}
 SIZE_MARKERS = {"tiny": "o", "135m": "o", "350m": "s", "1b": "^"}
 TASK_NAMES = {
     "arc_easy": "ARC-e", "arc_challenge": "ARC-c", "winogrande": "WinoGrande", "piqa": "PIQA", "hellaswag": "HellaSwag",

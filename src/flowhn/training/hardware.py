@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flowhn.errors import UserError
+from flowhn.training.distributed import check_launch, outside_launch
 
 _PRECISIONS = ("bf16-mixed", "16-mixed", "32-true", "bf16-true", "64-true")
 
@@ -32,17 +33,19 @@ def resolve_hardware(config: Mapping[str, Any]) -> Hardware:
     """Resolve ``device``, ``precision`` and ``compile`` of a run's config, and ``devices`` and ``num_nodes`` of its
     trainer part.
 
+    ``trainer.devices=auto`` takes what torchrun or Slurm started on this node, else all CUDA devices, else one.
     ``device=auto`` takes CUDA when PyTorch sees it, else the CPU. ``precision=auto`` is bf16-mixed on a CUDA device
     that has bf16 and 32-true elsewhere; ``compile=auto`` is true on CUDA.
 
     Raises:
-        UserError: a device that is not there, or a value that is not known.
+        UserError: a device that is not there, another number of processes than devices, or a value that is not known.
     """
     trainer = config.get("trainer") or {}
     kind = _device_type(str(config.get("device", "auto")))
     devices = trainer.get("devices", 1)
     available = torch.cuda.device_count() if kind == "cuda" else 1
-    count = available if devices == "auto" else _positive("trainer.devices", devices)
+    launch = outside_launch()
+    count = _positive("trainer.devices", devices) if devices != "auto" else launch.local_world_size if launch else available
     if kind == "cuda" and count > available:
         raise UserError(f"trainer.devices={count} asks for more CUDA devices than the {available} that PyTorch sees")
     if kind == "mps" and count > 1:
@@ -52,12 +55,16 @@ def resolve_hardware(config: Mapping[str, Any]) -> Hardware:
         precision = "bf16-mixed" if kind == "cuda" and torch.cuda.is_bf16_supported() else "32-true"
     if precision not in _PRECISIONS:
         raise UserError(f"precision={precision} is not known; use auto or one of {', '.join(_PRECISIONS)}")
+    if precision == "16-mixed" and trainer.get("strategy") == "fsdp":
+        raise UserError("precision=16-mixed is not possible with trainer=fsdp; use bf16-mixed, 32-true or trainer=ddp")
+    num_nodes = _positive("trainer.num_nodes", trainer.get("num_nodes", 1))
+    check_launch(count * num_nodes, num_nodes)
     compiles = config.get("compile", "auto")
     if compiles not in ("auto", True, False):
         raise UserError(f"compile={compiles} is not known; use auto, true or false")
     return Hardware(
         device=torch.device(kind),
-        n_devices=count * _positive("trainer.num_nodes", trainer.get("num_nodes", 1)),
+        n_devices=count * num_nodes,
         precision=precision,
         compile=kind == "cuda" if compiles == "auto" else compiles,
     )

@@ -54,11 +54,21 @@ class LitLM(LightningModule):
         self.step_was_skipped: Tensor | None = None  # of the last optimiser step, on the device
         self._loss = token_loss
         self._compiled = False
+        self._sharded = False
+        self._marks: dict[str, dict[str, Any]] = {}  # of a sharded network's parameters
 
     def configure_model(self) -> None:
-        """Compile the blocks once. Lightning calls this before each fit and validation."""
-        if not self.compiles or self._compiled:
-            return
+        """Compile the blocks, then shard them (trainer=fsdp), once. Lightning calls this before each fit and validation."""
+        if self.compiles and not self._compiled:
+            self._compile()
+        if self._device_mesh is not None and not self._sharded:  # set by Lightning's ModelParallelStrategy
+            from flowhn.training.sharded import parameter_marks, shard
+
+            self._marks = parameter_marks(self.net)
+            shard(self.net, self._device_mesh["data_parallel"])
+            self._sharded = True
+
+    def _compile(self) -> None:
         # What earlier runs of this process compiled counts toward the limits below, and their models are gone.
         torch._dynamo.reset()
         # Blocks of one class share their code object, and FAC's split differs by block: the default of eight
@@ -113,6 +123,10 @@ class LitLM(LightningModule):
         return float(self.val_sum.compute() / self.val_tokens.compute())
 
     def configure_optimizers(self) -> dict[str, Any]:
+        if self._sharded:
+            from flowhn.training.sharded import mark_parameters
+
+            mark_parameters(self.net, self._marks)
         optimizer = build_optimizer(self.net, self.optimizer_config)
         scheduler = build_schedule(optimizer, self.schedule_config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -147,8 +161,16 @@ class LitLM(LightningModule):
         Raises:
             UserError: names or shapes differ from this network's.
         """
+        if "state_dict" in checkpoint:  # a sharded strategy has compared and loaded them before
+            self.check_shapes(checkpoint["state_dict"])
+
+    def check_shapes(self, weights: Mapping[str, Tensor]) -> None:
+        """
+        Raises:
+            UserError: names or shapes differ from this network's.
+        """
         mine = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        theirs = {name: tuple(tensor.shape) for name, tensor in checkpoint.get("state_dict", {}).items()}
+        theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if mine != theirs:
             name = min(set(mine.items()) ^ set(theirs.items()))[0]
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,17 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch import seed_everything as lightning_seed_everything
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import DoublePrecision
 
 from flowhn.errors import UserError
 from flowhn.training.checkpoints import AtomicCheckpointIO, latest_valid_checkpoint
 from flowhn.training.curves import CurveRecorder
+from flowhn.training.distributed import build_strategy, cluster_plugins, process_group
 from flowhn.training.guard import LossGuard
 from flowhn.training.hardware import Hardware
 from flowhn.training.interrupts import Stopped, StopRequest
 from flowhn.training.resume import CheckpointKeeper
+from flowhn.training.sharded import full_weights
 from flowhn.training.steps import TRAINER_OPTIONS, ValidationSchedule
 from flowhn.training.throughput import ThroughputMonitor
 
@@ -44,6 +48,7 @@ class FitResult:
         train_seconds: of these, training proper.
         steps: optimiser steps done.
         skipped: checkpoints that were not usable, with the reason.
+        weights: of a sharded network, whole and on the CPU; None where the network itself has them.
     """
 
     curves: dict[str, list[Any]]
@@ -54,6 +59,7 @@ class FitResult:
     train_seconds: float
     steps: int
     skipped: list[tuple[Path, str]] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] | None = None
 
 
 def seed_everything(seed: int) -> None:
@@ -106,11 +112,13 @@ def fit(
     samples_per_step = samples_per_step or tokens_per_step // seq_len
     run_dir.mkdir(parents=True, exist_ok=True)
     folder = run_dir / CHECKPOINTS
-    search = latest_valid_checkpoint(folder)
+    search = latest_valid_checkpoint(folder, content=True)
     for path, reason in search.skipped:
         say(f"skipped the checkpoint {path}: {reason}")
     if search.path is not None:
         say(f"going on from {search.path}")
+    if hardware.precision == "64-true":
+        lit.double()  # Lightning does it after it has read a checkpoint, whose weights would be rounded
     stop = StopRequest()
     throughput = _throughput(
         trainer_cfg.get("throughput") or {}, total_steps, tokens_per_step, 3 * lit.net.flops(seq_len) * samples_per_step
@@ -140,8 +148,9 @@ def fit(
         schedule=schedule,
         throughput=throughput,
         stop=stop,
+        search=search,
     )
-    with _quiet(), stop:
+    with _quiet(), stop, process_group(hardware.n_devices):
         trainer = _trainer(
             hardware,
             trainer_cfg,
@@ -154,6 +163,7 @@ def fit(
             callbacks=[throughput, recorder, schedule, *callbacks, keeper],
         )
         _run(trainer, lit, datamodule, search.path, schedule, stop)
+        weights = full_weights(lit.net) if trainer_cfg.get("strategy") == "fsdp" else None
     return FitResult(
         curves=recorder.curves(),
         throughput=throughput.result(),
@@ -163,6 +173,7 @@ def fit(
         train_seconds=throughput.elapsed(),
         steps=trainer.global_step,
         skipped=search.skipped,
+        weights=weights,
     )
 
 
@@ -197,6 +208,8 @@ def _run(
         # loop or a loader worker raised after a signal, the caller gets the signal's usual meaning.
         if stop.requested or isinstance(error, Stopped):
             stop.raise_for_caller()
+            # another process of the run got the signal; the first one ends with the code that a scheduler sees
+            raise SystemExit(128 + signal.SIGTERM if trainer.is_global_zero else 0) from None
         raise
     stop.raise_for_caller()  # a signal after the last step; its checkpoint is written
 
@@ -204,18 +217,23 @@ def _run(
 def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Callback], **options: Any) -> Trainer:
     num_nodes = cfg.get("num_nodes", 1)
     bar = [RichProgressBar()] if cfg.get("progress_bar") else []
+    strategy = cfg.get("strategy", "auto")
+    # Lightning refuses this precision by name for sharded networks, and takes it as a plugin.
+    double = [DoublePrecision()] if (strategy, hardware.precision) == ("fsdp", "64-true") else []
     return Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.n_devices // num_nodes,
         num_nodes=num_nodes,
-        strategy=cfg.get("strategy", "auto"),
-        precision=hardware.precision,
+        strategy=build_strategy(
+            strategy, n_devices=hardware.n_devices, timeout_minutes=cfg.get("timeout_minutes", 10)
+        ),
+        precision=None if double else hardware.precision,
         deterministic=cfg.get("deterministic", False),
         max_epochs=-1,
         num_sanity_val_steps=0,
         log_every_n_steps=1,
         callbacks=[*bar, *callbacks],
-        plugins=[AtomicCheckpointIO()],
+        plugins=[AtomicCheckpointIO(), *double, *cluster_plugins(hardware.n_devices)],
         enable_progress_bar=bool(bar),
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -21,13 +21,14 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from flowhn.errors import UserError
-from flowhn.training.checkpoints import STATE_KEY, checkpoint_path, prune, write_json_durably
+from flowhn.training.checkpoints import STATE_KEY, CheckpointSearch, checkpoint_path, prune, write_json_durably
+from flowhn.training.distributed import same_everywhere
 from flowhn.training.interrupts import Stopped, StopRequest
 from flowhn.training.steps import StepCallback, ValidationSchedule
 from flowhn.training.throughput import ThroughputMonitor
 
 _RESUMES = "resumes.json"
-_RANKS_AGREE_EVERY = 10  # steps between the ranks' votes on a timed checkpoint or a signal
+_VOTE_SECONDS = 2.0  # the ranks vote on a timed checkpoint or a signal about that often
 
 
 def random_state() -> dict[str, Any]:
@@ -66,6 +67,7 @@ class CheckpointKeeper(StepCallback, Checkpoint):
         every_n_steps, seconds: write when either has passed since the last one; None switches it off.
         keep: checkpoints kept.
         schedule, throughput, stop: the run's other parts that this one works with.
+        search: the checkpoint that this process found to go on from.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class CheckpointKeeper(StepCallback, Checkpoint):
         schedule: ValidationSchedule,
         throughput: ThroughputMonitor,
         stop: StopRequest,
+        search: CheckpointSearch | None = None,
     ) -> None:
         if keep < 1:
             raise UserError(f"trainer.checkpoint.keep={keep} must be at least 1")
@@ -93,16 +96,28 @@ class CheckpointKeeper(StepCallback, Checkpoint):
         self._schedule = schedule
         self._throughput = throughput
         self._stop = stop
+        self._search = search or CheckpointSearch(None)
         self._begun = time.monotonic()
         self._earlier_seconds = 0.0
         self._saved_step: int | None = None
         self._saved_at = time.monotonic()
         self._random_state: dict[str, Any] | None = None  # of the loaded checkpoint
         self._before_validation: dict[str, Any] | None = None
+        self._next_vote = 0  # step
+        self._voted_at: tuple[float, int] | None = None  # time and step of the last vote
 
     def wall_seconds(self) -> float:
         """Seconds spent in this run, over all resumes, up to now."""
         return self._earlier_seconds + time.monotonic() - self._begun
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """
+        Raises:
+            UserError: the processes of this run would go on from different checkpoints, or have different configurations.
+        """
+        if trainer.world_size > 1 and stage == "fit":
+            step = self._search.path.name if self._search.path else None
+            same_everywhere({"configuration": self.run_id, "newest checkpoint": step}, what="run")
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Continue at the checkpoint's step and sample.
@@ -161,17 +176,19 @@ class CheckpointKeeper(StepCallback, Checkpoint):
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         self._stop.defers = True
-        self._stop_if_asked(trainer, step)
+        stop, late = self._vote(trainer, step)
+        if stop:
+            self._end(trainer)
         if step in self._schedule.steps:
             self._before_validation = random_state()
         due = self.every_n_steps is not None and step % self.every_n_steps == 0
-        late = self.seconds is not None and time.monotonic() - self._saved_at >= self.seconds
-        if due or self._agreed(trainer, late, step):
+        if due or late:
             self.save(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         # The validation at hand is then missing from the curve, and is made up for on resume.
-        self._stop_if_asked(trainer, trainer.global_step)
+        if self._any_rank(trainer, [float(self._stop.requested)])[0]:
+            self._end(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What comes after training (evaluation, the record) can be killed without losing it."""
@@ -192,15 +209,34 @@ class CheckpointKeeper(StepCallback, Checkpoint):
                     prune(self.folder, newest=step, keep=self.keep)
         self._saved_step, self._saved_at = step, time.monotonic()
 
-    def _stop_if_asked(self, trainer: Trainer, step: int) -> None:
-        if self._agreed(trainer, self._stop.requested, step):
-            if trainer.state.fn == TrainerFn.FITTING:
-                self.save(trainer)
-            raise Stopped
+    def _end(self, trainer: Trainer) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.save(trainer)
+        raise Stopped
+
+    def _vote(self, trainer: Trainer, step: int) -> tuple[bool, bool]:
+        """Whether to stop, and whether a timed checkpoint is due; one rank's wish is done by all, at the same step.
+
+        Several ranks vote about every two seconds, so that a vote costs little beside its steps and a signal is heeded soon.
+        """
+        now = time.monotonic()
+        late = self.seconds is not None and now - self._saved_at >= self.seconds
+        if trainer.world_size == 1:
+            return self._stop.requested, late
+        if step < self._next_vote:
+            return False, False
+        per_step = 0.0
+        if self._voted_at is not None and step > self._voted_at[1]:
+            per_step = (now - self._voted_at[0]) / (step - self._voted_at[1])
+        stop, late, slowest = self._any_rank(trainer, [float(self._stop.requested), float(late), per_step])
+        self._next_vote = step + (max(1, min(100, int(_VOTE_SECONDS / slowest))) if slowest > 0 else 1)
+        self._voted_at = (now, step)
+        return bool(stop), bool(late)
 
     @staticmethod
-    def _agreed(trainer: Trainer, wish: bool, step: int) -> bool:
-        """One rank's wish is done by all, at the same step; a single process just does it."""
+    def _any_rank(trainer: Trainer, values: list[float]) -> list[float]:
+        """The largest of each value over all ranks."""
         if trainer.world_size == 1:
-            return wish
-        return step % _RANKS_AGREE_EVERY == 0 and trainer.strategy.reduce_boolean_decision(wish, all=False)
+            return values
+        tensor = torch.tensor(values, dtype=torch.float32, device=trainer.strategy.root_device)
+        return trainer.strategy.reduce(tensor, reduce_op="max").tolist()
