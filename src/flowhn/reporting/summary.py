@@ -1,0 +1,136 @@
+"""The README's section on accuracy, from the committed records of one setting: table, verdicts, what lies beyond the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from flowhn.reporting.beyond import gap_table
+from flowhn.reporting.rates import rate_table
+from flowhn.reporting.record import RunRecord, find_records
+from flowhn.reporting.style import long_name, size_name
+from flowhn.reporting.tables import DASH, SLIP, table1
+from flowhn.reporting.verdicts import verdicts
+
+
+def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> str:
+    """Markdown from ``experiments/{table1,table1_lr,beyond,long_context}/<setting>``; parts without records are left out.
+
+    Args:
+        experiments: the folder; links are written relative to its parent.
+        gap: ``{of, to}`` of the variants' table.
+
+    Raises:
+        UserError: the records cannot make one table.
+    """
+    records = find_records(experiments / "table1" / setting / "records")
+    if not records:
+        return "The records of this table are not there yet; the command above makes them."
+    size = records[0].size
+    parts = [_table(records, size), "", _made(records, setting), "", *_verdict_lines(records, size), ""]
+    parts += _rates(find_records(experiments / "table1_lr" / setting / "records"))
+    parts += _pictures(experiments, "table1", setting, {"loss_vs_time": "time", "loss_vs_flops": "FLOPs"})
+    parts += _beyond(find_records(experiments / "beyond" / setting / "records"), size, setting, gap)
+    if (experiments / "long_context" / setting / "long_context.png").is_file():
+        parts += [
+            f"Beyond the trained length: [experiments/long_context](experiments/long_context/{setting}/table.md)."
+        ]
+    return "\n".join(parts).rstrip()
+
+
+def _number(value: Any, form: str) -> str:
+    return DASH if value is None or pd.isna(value) else format(value, form)
+
+
+def _table(records: Sequence[RunRecord], size: str) -> str:
+    frame = table1(records, size=size)
+    slips = {tuple(pair) for pair in frame.attrs["slip_cells"]}
+    lines = [
+        "| model | seeds | val loss | tokens/s | average of six % | LAMBADA % | paper: tokens/s | paper: average |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in frame.to_dict("records"):
+        mark = SLIP if (row["cell"], "paper_average") in slips else ""
+        accuracies = [
+            f"{_number(row.get(name), '.2f')} ± {_number(row.get(f'{name}_stderr'), '.2f')}"
+            for name in ("average", "lambada_openai")
+        ]
+        lines.append(
+            f"| {row['model']} | {row['seeds']} | {_number(row['val_loss'], '.3f')} | {_number(row['tps'], ',.0f')} | "
+            f"{accuracies[0]} | {accuracies[1]} | {_number(row['paper_tps'], ',.0f')} | "
+            f"{_number(row['paper_average'], '.2f')}{mark} |"
+        )
+    if slips:
+        lines += ["", f"{SLIP} a slip in print, shown as printed; the full table lists them."]
+    return "\n".join(lines)
+
+
+def _made(records: Sequence[RunRecord], setting: str) -> str:
+    devices = ", ".join(sorted({str(record.device["name"]) for record in records}))
+    first = records[0]
+    return (
+        f"{len(records)} runs of {first.tokens:,} tokens on {devices}, {size_name(first.size)}, the same batches in the same "
+        f"order for a seed; ± one standard error. The paper's columns are its {size_name(first.size)} at 1B tokens of other "
+        f"text: compare the order, not the values. Full table, verdicts and records: "
+        f"[experiments/table1/{setting}](experiments/table1/{setting}/table.md)."
+    )
+
+
+def _verdict_lines(records: Sequence[RunRecord], size: str) -> list[str]:
+    frame = verdicts(records, size=size)
+    lines = ["| claim of the paper | ours | 95 % | verdict |", "|---|---|---|---|"]
+    for row in frame.to_dict("records"):
+        against = "" if pd.isna(row["second"]) else f" ({long_name(row['second'])})"
+        if row["verdict"] == "not testable":
+            lines.append(f"| {row['sentence']}{against} | {DASH} | {DASH} | not testable |")
+            continue
+        points = row["quantity"] == "average"
+        form = "{:+.2f}" if points else "{:.2f}x"
+        ours, low, high = (form.format(row[key]) for key in ("difference", "low", "high"))
+        holds = {"yes": "holds", "no": "does not hold", "partly": "partly", "undecided": "open"}[row["holds"]]
+        lines.append(f"| {row['sentence']}{against} | {ours} | {low} to {high} | {row['verdict']}: {holds} |")
+    return lines
+
+
+def _rates(records: Sequence[RunRecord]) -> list[str]:
+    if not records:
+        return []
+    frame = rate_table(records)
+    told = ", ".join(f"{row.family} {row.lr:g}" for row in frame[frame["chosen"]].itertuples())
+    tried = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
+    tokens = int(frame["tokens"].iloc[0])
+    return [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}.", ""]
+
+
+def _pictures(experiments: Path, artefact: str, setting: str, names: dict[str, str]) -> list[str]:
+    lines = []
+    for name, axis in names.items():
+        if (experiments / artefact / setting / f"{name}.png").is_file():
+            lines.append(f"![validation loss over training {axis}](experiments/{artefact}/{setting}/{name}.png)")
+    return [*lines, ""] if lines else []
+
+
+def _beyond(records: Sequence[RunRecord], size: str, setting: str, gap: dict[str, Any]) -> list[str]:
+    own = {gap["of"], *gap["to"]}
+    if not any(record.cell not in own for record in records) or not any(record.cell == gap["of"] for record in records):
+        return []
+    frame = gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
+    tried = frame[~frame["cell"].isin(own)]
+    fast = tried[tried["speed"] >= 0.9]
+    link = f"[experiments/beyond/{setting}](experiments/beyond/{setting}/gap.md) has all of them."
+    if not len(fast):
+        return [f"Beyond the paper: of {len(tried)} variants of FAC_Split none keeps 90 % of its speed. {link}", ""]
+    best = fast.iloc[0]
+    share = best[f"closed_{gap['to'][0]}"]
+    if pd.isna(share):
+        closed = "closes nothing, for No_Split is not ahead,"
+    else:
+        closed = f"closes {100 * share:.0f} % of the gap to No_Split"
+    return [
+        f"Beyond the paper: of {len(tried)} variants of FAC_Split, `{best['cell']}` has the lowest loss at 90 % of the speed or "
+        f"more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {link}",
+        "",
+    ]
