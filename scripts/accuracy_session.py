@@ -54,26 +54,11 @@ def run_job(session: Session, job: Job, workshop: Any) -> str:
 
 
 def run_long(session: Session, job: Job, run: Any, workshop: Any) -> str:
-    from flowhn.config import compose, to_dict
-    from flowhn.loading import load_run
     from flowhn.run_folder import write_json
-    from flowhn.training import resolve_hardware
+    from flowhn.run_long_context import evaluate_long, long_suite
 
-    suite = to_dict(compose("train", ["eval=long_context", *session.args.long_override]))["eval"]
-    hardware = resolve_hardware(run.config)
-    loaded = load_run(run.folder, device=hardware.device)
-    result = workshop.evaluate(
-        loaded.model, loaded.tokenizer, run.config, suite=suite, hardware=hardware,
-        heldout_file=workshop.prepare(run.config).heldout_file,
-    )  # fmt: skip
-    named = {
-        "cell": job.cell,
-        "seed": job.seed,
-        "run_id": run.run_id,
-        "size": session.args.size,
-        "seq_len": run.config["seq_len"],
-    }
-    write_json(run.folder / "eval-long_context.json", named | result)
+    result = evaluate_long(run, long_suite(session.args.long_override), workshop)
+    write_json(run.folder / "eval-long_context.json", result)
     return f"{result['seconds']:.0f} s"
 
 

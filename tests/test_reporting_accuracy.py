@@ -12,6 +12,8 @@ from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.beyond import gap_table, readable_gap
 from flowhn.reporting.figures import loss_vs_time_figure
 from flowhn.reporting.long_context import long_context_figure, read_results, write_long_context
+from flowhn.reporting.record import write_record
+from flowhn.reporting.summary import accuracy_block
 from flowhn.reporting.verdicts import verdicts
 from test_reporting import fake
 
@@ -134,3 +136,22 @@ def test_the_fastest_of_all_and_the_price_of_the_split_are_judged():
     price = frame.loc["no_over_fac"]
     assert (price["verdict"], price["holds"]) == ("better", "yes")
     assert price["printed"] == pytest.approx(38.85 - 37.41)
+
+
+def test_the_readme_s_block_says_what_the_records_say(tmp_path):
+    assert "not there yet" in accuracy_block(tmp_path, "s", gap=GAP)
+    for record in [fake("flowhn_fac", acc=0.3), fake("flowhn_no", acc=0.5), fake("llama", acc=0.4)]:
+        write_record(tmp_path / "table1" / "s" / "records" / f"{record.cell}.json", record)
+    for record in variants():
+        write_record(tmp_path / "beyond" / "s" / "records" / f"{record.cell}-{record.seed}.json", record)
+    for rate, loss in ((1e-3, 6.0), (2e-3, 5.5)):
+        record = fake(f"llama_{rate:g}", model="llama", config={"lr": rate}, loss=loss, tokens=4_000_000)
+        write_record(tmp_path / "table1_lr" / "s" / "records" / f"{record.cell}.json", record)
+    text = accuracy_block(tmp_path, "s", gap=GAP)
+    assert "| FlowHN FAC_Split | 1 | 4.000 | 1,000 | 30.00 ± " in text
+    assert "among 0.001, 0.002 at 4,000,000 tokens: llama 0.002." in text
+    assert (
+        "of 3 variants of FAC_Split, `fac_a` has the lowest loss at 90 % of the speed or more: it closes 50 % of the gap"
+        in text
+    )
+    assert "| No_Split beats FAC_Split in accuracy: the price of the split. (FlowHN FAC_Split) | +20.00 |" in text

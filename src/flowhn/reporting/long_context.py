@@ -21,6 +21,7 @@ from flowhn.reporting import style
 from flowhn.reporting.tables import write_table
 
 TITLE = "Long context: accuracy over length, trained at a fraction of it"
+FOLDER_NAME = "evals"
 KINDS = {"niah": "needle in a haystack", "recall": "associative recall"}
 METRICS = {"exact_match": "exact match", "acc": "chosen among four"}
 _CHANCE = {"exact_match": 0.0, "acc": 25.0}
