@@ -155,3 +155,33 @@ def test_the_readme_s_block_says_what_the_records_say(tmp_path):
         in text
     )
     assert "| No_Split beats FAC_Split in accuracy: the price of the split. (FlowHN FAC_Split) | +20.00 |" in text
+
+
+def test_reproduce_asks_each_trained_model_once(tmp_path, monkeypatch):
+    from flowhn import run_long_context
+    from flowhn.artefacts import load_artefact, plan_cells
+
+    runs = plan_cells(
+        load_artefact("long_context"), ["size=tiny", f"output_dir={tmp_path}", "models=[llama,shm]"]
+    ).wanted
+    write_record(runs["llama"].record_path, fake("llama", run_id=runs["llama"].run_id))
+    asked = []
+
+    def answer(run, suite, workshop):
+        asked.append((run.config["cell"], suite["limit"], tuple(suite["tasks"])))
+        task = {"n": 5, "length": 1024, "exact_match": 0.2, "exact_match_stderr": 0.1, "acc": 0.4, "acc_stderr": 0.1}
+        return run_long_context.described(run.config, run.run_id) | {"tasks": {"niah_1k": task}}
+
+    monkeypatch.setattr(run_long_context, "evaluate_long", answer)
+    words = load_artefact("long_context").suite["tiny"]
+    for _ in range(2):
+        folder = run_long_context.measure_long_context(runs, tmp_path / "out", overrides=words, say=lambda text: None)
+    assert asked == [("llama", 5, ("niah_1k", "niah_2k", "recall_1k", "recall_2k"))]
+    assert "| Llama   | needle in a haystack |     1,024 |" in (folder / "table.md").read_text()
+    assert read_results(folder / "evals")["trained"].tolist() == [128]
+    run_long_context.measure_long_context(runs, tmp_path / "out", overrides=["eval.limit=7"], say=lambda text: None)
+    assert len(asked) == 2  # other questions
+    assert (
+        run_long_context.measure_long_context({"shm": runs["shm"]}, tmp_path / "none", overrides=words, say=print)
+        is None
+    )
