@@ -50,6 +50,7 @@ if [ ! -f "$work/daemon.pid" ]; then
   rm -f "$work/finished"
   export PYTHONPATH="$work/code/src:$site" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
   export PYTORCH_NVML_BASED_CUDA_CHECK=1   # asking whether there is a GPU must not start CUDA in the process that forks
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # runs of different shapes follow each other in one process
   export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton HF_HOME="$work/hf"
   # shellcheck disable=SC2086
   (cd "$work/code" && setsid nohup "$python" scripts/accuracy_session.py daemon --work "$work" --begun "$begun" \

@@ -149,7 +149,7 @@ def test_the_readme_s_block_says_what_the_records_say(tmp_path):
         write_record(tmp_path / "table1_lr" / "s" / "records" / f"{record.cell}.json", record)
     text = accuracy_block(tmp_path, "s", gap=GAP)
     assert "| FlowHN FAC_Split | 1 | 4.000 | 1,000 | 30.00 ± " in text
-    assert "among 0.001, 0.002 at 4,000,000 tokens: llama 0.002." in text
+    assert "among 0.001, 0.002 at 4,000,000 tokens: llama 0.002 (the highest tried)." in text
     assert (
         "of 3 variants of FAC_Split, `fac_a` has the lowest loss at 90 % of the speed or more: it closes 50 % of the gap"
         in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> s
         UserError: the records cannot make one table.
     """
     records = find_records(experiments / "table1" / setting / "records")
+    adapter = _adapter(experiments / "hflm" / "comparison.json")
     if not records:
-        return "The records of this table are not there yet; the command above makes them."
+        return "\n".join(["The records of this table are not there yet; the command above makes them.", *adapter])
     size = records[0].size
     parts = [_table(records, size), "", _made(records, setting), "", *_verdict_lines(records, size), ""]
     parts += _rates(find_records(experiments / "table1_lr" / setting / "records"))
@@ -38,7 +40,22 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> s
         parts += [
             f"Beyond the trained length: [experiments/long_context](experiments/long_context/{setting}/table.md)."
         ]
-    return "\n".join(parts).rstrip()
+    return "\n".join([*parts, *adapter]).rstrip()
+
+
+def _adapter(path: Path) -> list[str]:
+    """One sentence on lm-eval's own ``HFLM`` beside ours."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        "",
+        f"The adapter beside lm-eval's own `HFLM` on the same weights ({found['model']}): {found['requests']} real requests of "
+        f"the six sets, largest difference {found['largest_difference']:.1e} in a log-likelihood; best of three on "
+        f"{found['threads']} CPU thread(s) {min(found['seconds_ours']):.1f} s, `HFLM` {min(found['seconds_hflm']):.1f} s at its best batch size "
+        f"({found['hflm_batch_size']}); rolling log-likelihoods agree to {found['rolling_largest_relative_difference']:.1e} "
+        f"(`FLOWHN_EVAL_DATA_DIR=EVAL pytest -m slow tests/test_evaluation_hflm.py`).",
+    ]
 
 
 def _number(value: Any, form: str) -> str:
@@ -99,7 +116,11 @@ def _rates(records: Sequence[RunRecord]) -> list[str]:
     if not records:
         return []
     frame = rate_table(records)
-    told = ", ".join(f"{row.family} {row.lr:g}" for row in frame[frame["chosen"]].itertuples())
+    highest = frame.groupby("family")["lr"].max()
+    told = ", ".join(
+        f"{row.family} {row.lr:g}{' (the highest tried)' if row.lr == highest[row.family] else ''}"
+        for row in frame[frame["chosen"]].itertuples()
+    )
     tried = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
     tokens = int(frame["tokens"].iloc[0])
     return [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}.", ""]
