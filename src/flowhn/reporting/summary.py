@@ -52,8 +52,9 @@ def _adapter(path: Path) -> list[str]:
         "",
         f"The adapter beside lm-eval's own `HFLM` on the same weights ({found['model']}): {found['requests']} real requests of "
         f"the six sets, largest difference {found['largest_difference']:.1e} in a log-likelihood; best of three on "
-        f"{found['threads']} CPU thread(s) {min(found['seconds_ours']):.1f} s, `HFLM` {min(found['seconds_hflm']):.1f} s at its best batch size "
-        f"({found['hflm_batch_size']}); rolling log-likelihoods agree to {found['rolling_largest_relative_difference']:.1e} "
+        f"{found['threads']} CPU thread(s) {min(found['seconds_ours']):.1f} s, `HFLM` {min(found['seconds_hflm']):.1f} s at its "
+        f"best batch size ({found['hflm_batch_size']}); rolling log-likelihoods agree to "
+        f"{found['rolling_largest_relative_difference']:.1e} "
         f"(`FLOWHN_EVAL_DATA_DIR=EVAL pytest -m slow tests/test_evaluation_hflm.py`).",
     ]
 
