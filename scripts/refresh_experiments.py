@@ -33,6 +33,10 @@ ACCURACY_BEGIN = (
     f"<!-- accuracy begins: written by scripts/refresh_experiments.py from experiments/table1/{ACCURACY} -->"
 )
 ACCURACY_END = "<!-- accuracy ends -->"
+ABLATIONS_BEGIN = (
+    "<!-- ablations begin: written by scripts/refresh_experiments.py from configs/artefacts and experiments -->"
+)
+ABLATIONS_END = "<!-- ablations end -->"
 
 
 def block() -> str:
@@ -65,6 +69,21 @@ def block() -> str:
     return "\n".join(lines)
 
 
+def ablations_block() -> str:
+    """The README's list of ablations; minutes are those of the committed laptop records."""
+    lines = ["| question | command | minutes on a laptop |", "|---|---|---|"]
+    for name in ABLATIONS:
+        artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
+        folder = ROOT / "experiments" / name
+        laptop = next((path for path in settings(folder) if path.name.endswith("laptop")), None)
+        minutes, question = "not run yet", artefact["question"]
+        if laptop is not None:
+            minutes = f"{ABLATIONS[name].table(laptop).attrs['seconds'] / 60:.1f}"
+            question = f"[{question}](experiments/{name}/README.md)"
+        lines.append(f"| {question} | `./reproduce.sh {name}` | {minutes} |")
+    return "\n".join(lines)
+
+
 def redraw(source: Path, target: Path) -> None:
     """Write the tables and figures of ``experiments/<artefact>/<setting>`` into ``target``, from its records."""
     name = source.parent.name
@@ -76,6 +95,9 @@ def redraw(source: Path, target: Path) -> None:
     if name == "branches":
         return redraw_branches(source, target)
     artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if "bench" in artefact and name not in ABLATIONS:
+        write_bench(find_bench_records(source / "records"), target, title=artefact["title"])
+        return None
     if name in ABLATIONS:
         if source != target:
             shutil.copytree(source, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("table.*", "*.png"))
@@ -135,14 +157,18 @@ def stale(source: Path) -> list[str]:
 def readme() -> tuple[str, str]:
     """The README as it is and as it should be."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    new = f"{head}{BEGIN}\n{block()}\n{END}{tail}"
-    head, rest = new.split(ACCURACY_BEGIN)
-    _, tail = rest.split(ACCURACY_END)
     gap = yaml.safe_load((ROOT / "configs" / "artefacts" / "beyond.yaml").read_text(encoding="utf-8"))["gap"]
-    accuracy = accuracy_block(ROOT / "experiments", ACCURACY, gap=gap)
-    return text, f"{head}{ACCURACY_BEGIN}\n{accuracy}\n{ACCURACY_END}{tail}"
+    parts = (
+        (BEGIN, END, block()),
+        (ABLATIONS_BEGIN, ABLATIONS_END, ablations_block()),
+        (ACCURACY_BEGIN, ACCURACY_END, accuracy_block(ROOT / "experiments", ACCURACY, gap=gap)),
+    )
+    new = text
+    for begin, end, content in parts:
+        head, rest = new.split(begin)
+        _, tail = rest.split(end)
+        new = f"{head}{begin}\n{content}\n{end}{tail}"
+    return text, new
 
 
 def main() -> int:

@@ -20,7 +20,7 @@ from scaling_formulas import Cluster, Job, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "scaling.md"
-RECORDS = ROOT / "experiments" / "bench"
+RECORDS = ROOT / "experiments" / "figure4"
 GB = 1e9
 
 B1 = Shape("1B", 2048, 8192, 6, 32, 8, 65_536, 1024)

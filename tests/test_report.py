@@ -106,6 +106,8 @@ def test_reproduce_lists_and_makes_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert reproduce._main(["--list"]) == 0
     assert "report " in capsys.readouterr().out
+    with pytest.raises(UserError, match="is made alone"):
+        reproduce._main(["table1", "report"])
     assert reproduce._main(["report", f"output_dir={tmp_path}"]) == 0
     assert (tmp_path / "report.html").is_file()
 
@@ -203,7 +205,7 @@ def test_in_chromium_columns_sort_numbers_open_records_and_nothing_is_fetched(pa
         await evaluate(call, 'document.querySelector("button.copy").click()')
         await asyncio.sleep(0.3)
         assert await evaluate(call, 'document.querySelector("button.copy").textContent') in ("copied", "press Ctrl+C")
-        assert await evaluate(call, "[...document.images].every(one => (one.loading = 'eager', true))")
+        assert await evaluate(call, "[...document.images].every(one => one.complete && one.naturalWidth > 100)")
 
         asked = [e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"]
         assert [url for url in asked if not url.startswith(("data:", page.as_uri()))] == []

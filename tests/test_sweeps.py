@@ -18,7 +18,7 @@ from flowhn import train
 from flowhn.config import compose, groups
 from flowhn.errors import UserError
 from flowhn.reporting.record import read_record
-from flowhn.sweeps import Job, read_jobs, run_job, sweep_table, take_device
+from flowhn.sweeps import UNFINISHED, Job, read_jobs, run_job, sweep_table, take_device, write_summary
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +78,33 @@ def test_a_program_error_in_one_run_is_listed_too(tmp_path):
     assert job.error == "ZeroDivisionError: division by zero"
 
 
-def test_ctrl_c_ends_the_sweep(tmp_path):
+def test_ctrl_c_ends_the_sweep_and_the_run_is_listed(tmp_path):
     def body():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_job(body, folder=tmp_path / "0", number=0, overrides=[])
-    assert not read_jobs(tmp_path)
+        run_job(body, folder=tmp_path / "0", number=0, overrides=["seed=3"])
+    (job,) = read_jobs(tmp_path)
+    assert job.error == UNFINISHED
+    assert "1 runs, 1 failed" in write_summary(tmp_path)[0]
+
+
+def test_a_launcher_that_gives_up_leaves_the_table_of_what_is_done(home, monkeypatch, capsys):
+    """As joblib and submitit do when a process is killed: their error, after the table."""
+
+    def crash(argv):
+        folder = Path(next(word.partition("=")[2] for word in argv if word.startswith("hydra.sweep.dir=")))
+        with pytest.raises(KeyboardInterrupt):  # stands for SIGKILL: nothing is written afterwards
+            run_job(interrupt, folder=folder / "0", number=0, overrides=["seed=0"])
+        raise SystemExit(1)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "_hydra", crash)
+    with pytest.raises(SystemExit):
+        sweep(home, "seed=0,1")
+    assert UNFINISHED in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("launcher", ["joblib", "local"])

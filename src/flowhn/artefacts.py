@@ -33,7 +33,8 @@ class Artefact:
         measure: ``branches`` or ``long_context`` measures the trained models (:mod:`flowhn.run_branches`,
             :mod:`flowhn.run_long_context`) instead of tabulating their records.
         suite: of ``long_context``: by size, overrides of ``configs/eval/long_context.yaml``.
-        bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count).
+        bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count). Their
+            budget is ``gpu`` on a machine that has one, unless another is asked for.
         lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens.
         seeds: by size, the seeds of cells that are trained more than once.
         like: the artefact whose ``lr`` and ``seeds`` hold here.
@@ -98,13 +99,20 @@ def preset(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, dict[str,
     """
     if not artefact.budgets:
         return "", {}, list(overrides)
-    asked = next((word.partition("=")[2] for word in overrides if word.startswith("budget=")), DEFAULT_BUDGET)
+    default = "gpu" if artefact.bench is not None and _sees_gpu() else DEFAULT_BUDGET
+    asked = next((word.partition("=")[2] for word in overrides if word.startswith("budget=")), default)
     if asked in artefact.budgets:
         return asked, artefact.budgets[asked], [word for word in overrides if not word.startswith("budget=")]
     if artefact.bench is not None:
         raise UserError(f"budget={asked} is not one of {', '.join(artefact.budgets)}, which {artefact.name} can take")
     parse_tokens(asked, dict.fromkeys(artefact.budgets, 1))
     return asked, artefact.budgets[DEFAULT_BUDGET], list(overrides)
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def plan_cells(artefact: Artefact, overrides: Sequence[str]) -> Plan:

@@ -37,6 +37,10 @@ def _main(argv: Sequence[str]) -> int:
     if args.list:
         return _list()
     if run_report.NAME in args.artefacts:
+        if len(args.artefacts) > 1:
+            raise UserError(
+                f"{run_report.NAME} shows what is there and is made alone; run ./reproduce.sh {run_report.NAME} after the others"
+            )
         _say(f"written: {run_report.make_report(args.overrides)}")
         return 0
     return max([_make(load_artefact(name), args) for name in args.artefacts])
@@ -64,7 +68,8 @@ def _make(artefact: Artefact, args: argparse.Namespace) -> int:
 
 def _make_timed(artefact: Artefact, args: argparse.Namespace) -> int:
     """An artefact that flowhn-bench times."""
-    from flowhn.reporting.ablations import write_ablation
+    from flowhn.reporting.ablations import ABLATIONS, write_ablation
+    from flowhn.reporting.bench import find_bench_records, write_bench
     from flowhn.timed_artefacts import bench_words, collect, command, measure
 
     budget, words = bench_words(artefact, args.overrides)
@@ -73,8 +78,10 @@ def _make_timed(artefact: Artefact, args: argparse.Namespace) -> int:
         return 0
     code = measure(words, force=args.force)
     folder = collect(artefact, budget, words)
-    if folder is not None:
+    if folder is not None and artefact.name in ABLATIONS:
         write_ablation(artefact.name, folder, title=artefact.title, command=_command(artefact, args))
+    elif folder is not None:
+        write_bench(find_bench_records(folder / "records"), folder, title=artefact.title)
     _show(artefact, folder, keep=args.keep)
     return code
 

@@ -23,6 +23,7 @@ from flowhn.run_folder import write_json
 
 JOB_NAME = "job.json"
 LOG_NAME = "error.log"
+UNFINISHED = "it did not end (stopped, killed or out of memory); the same command goes on from its last checkpoint"
 WORST = math.inf  # what a search is told of a run that failed
 _taken: dict[Path, Any] = {}  # sweep's folder -> lock of the device that this process has
 
@@ -43,10 +44,11 @@ def run_job(
 ) -> float:
     """Do one run and note in ``folder`` how it ended; returns the final validation loss, :data:`WORST` after a failure.
 
-    Interrupts (Ctrl-C, SIGTERM) go through: they end the sweep.
+    Interrupts (Ctrl-C, SIGTERM) go through: they end the sweep. A run whose process is killed is listed as one that did not end.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job = Job(number, list(overrides))
+    write_json(folder / JOB_NAME, asdict(job) | {"error": UNFINISHED, "log": str(folder)})
     try:
         record, path = body()
     except Exception as error:

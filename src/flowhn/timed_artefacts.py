@@ -1,4 +1,4 @@
-"""Artefacts that are timed, not trained (``scaling_size``, ``scaling_length``): ``flowhn-bench`` in a process of its own.
+"""Artefacts that are timed, not trained (``figure4``, ``scaling_size``, ``scaling_length``): ``flowhn-bench`` in a process of its own.
 
 The folder of such an artefact holds copies of the benchmark records behind it and, where the YAML asks for counts,
 ``counts.json`` with parameters and FLOPs of every size, counted on the meta device.
@@ -30,6 +30,7 @@ def bench_words(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, list
     """
     budget, given, overrides = preset(artefact, overrides)
     overrides = [word for word in overrides if not word.startswith("cache_dir=")]  # timing reads no text
+    overrides = [f"sizes=[{word[5:]}]" if word.startswith("size=") else word for word in overrides]
     words = last_wins([f"bench={artefact.bench['case']}", *given.get("overrides", ()), *overrides])
     compose("bench", words)
     return budget, words
@@ -56,7 +57,7 @@ def _records(words: Sequence[str]) -> Path:
 def collect(artefact: Artefact, budget: str, words: Sequence[str]) -> Path | None:
     """Put the records, and the counts where the YAML asks for them, into the artefact's folder; None without any.
 
-    ``bench.committed`` names a folder of ``experiments/bench`` whose records join (a GPU's, on a laptop); one that was measured
+    ``bench.committed`` names a folder of ``experiments`` whose records join (a GPU's, on a laptop); one that was measured
     here replaces it.
     """
     config = to_dict(compose("bench", words))
@@ -64,7 +65,7 @@ def collect(artefact: Artefact, budget: str, words: Sequence[str]) -> Path | Non
     found: dict[str, Path] = {}
     committed = artefact.bench.get("committed") if budget != "smoke" else None
     if committed:
-        for path in sorted((config_dir().parent / "experiments" / "bench" / committed / "records").glob("*.json")):
+        for path in sorted((config_dir().parent / "experiments" / committed / "records").glob("*.json")):
             found[path.name] = path
     found |= {path.name: path for path in sorted(_records(words).glob("*.json"))}
     sizes = artefact.bench.get("counts") or ()

@@ -22,7 +22,7 @@ from flowhn.errors import UserError
 from flowhn.experiment import Workshop, summary
 from flowhn.reporting.record import RunRecord
 from flowhn.runs import plan
-from flowhn.sweeps import run_job, take_device, write_summary
+from flowhn.sweeps import read_jobs, run_job, take_device, write_summary
 
 # These belong to Hydra's own command line; a plain run is composed by ours, whose errors are one sentence.
 _HYDRA_FLAGS = {
@@ -72,9 +72,13 @@ def _sweep(argv: list[str]) -> int:
         argv = [*argv, f"hydra.sweep.dir={folder}"]
     register_resolvers()
     _check_sweep(argv)
-    _hydra(argv)
-    text, failed = write_summary(Path(folder))
-    sys.stdout.write(f"{text}\nwritten: {folder}\n")
+    failed = []
+    try:
+        _hydra(argv)
+    finally:  # also where a launcher gives up because a process died
+        if read_jobs(Path(folder)):
+            text, failed = write_summary(Path(folder))
+            sys.stdout.write(f"{text}\nwritten: {folder}\n")
     return 2 if failed else 0
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
 from flowhn.errors import UserError
 from flowhn.reporting.record import environment
@@ -105,9 +106,17 @@ def _section(number: int, source: Source) -> dict[str, Any]:
     }
 
 
-def _figure(path: Path) -> dict[str, str]:
+def _figure(path: Path) -> dict[str, Any]:
+    """A picture as a data URI, with its size: the page keeps its place, so that a link to a record lands where it should."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return {"name": path.stem.replace("_", " "), "uri": f"data:image/png;base64,{data}"}
+    with Image.open(path) as picture:
+        width, height = picture.size
+    return {
+        "name": path.stem.replace("_", " "),
+        "uri": f"data:image/png;base64,{data}",
+        "width": width,
+        "height": height,
+    }
 
 
 def _records(folder: Path, prefix: str) -> list[dict[str, Any]]:

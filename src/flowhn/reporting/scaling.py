@@ -15,7 +15,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from flowhn.errors import UserError
 from flowhn.reporting.bench import bench_table, find_bench_records, label
@@ -194,7 +194,7 @@ def size_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
                 for device, own in part.dropna(subset=[column]).groupby("device", sort=False):
                     _line(axis, own, "parameters", column, str(cell), is_open=devices.index(device) > 0)
             axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1e9:g}B" if n >= 1e9 else f"{n / 1e6:g}M"))
             axis.set_xlabel("Parameters")
             axis.set_ylabel(text)
             values = frame[column].dropna()
