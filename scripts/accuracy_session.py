@@ -247,6 +247,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=30_000_000)
     parser.add_argument("--lr-tokens", type=int, default=4_000_000)
     parser.add_argument("--kinds", default="lr,table,seed,variant,long")
+    parser.add_argument("--extra", action="append", default=[], help="one more row of Table 1, cell:seed")
+    parser.add_argument("--long-seed", type=int, default=0, help="the seed of the models asked over long contexts")
     parser.add_argument("--data", default="data")
     parser.add_argument("--valid", default="valid")
     parser.add_argument("--eval", default="paper")
@@ -266,7 +268,7 @@ def main() -> None:
     elif args.command == "worker":
         worker(Session(args), args.gpu, None)
     elif args.command == "plan":
-        jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds)
+        jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds, extra=args.extra, long_seed=args.long_seed)
         for job in jobs:
             sys.stdout.write(f"{job.name:<34}{job.seconds():6.0f} s\n")
         sys.stdout.write(f"{'all':<34}{sum(job.seconds() for job in jobs):6.0f} GPU-seconds\n")

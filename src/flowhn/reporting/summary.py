@@ -9,12 +9,15 @@ from typing import Any
 
 import pandas as pd
 
+from flowhn.reporting import paper
 from flowhn.reporting.beyond import gap_table
 from flowhn.reporting.rates import rate_table
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.style import long_name, size_name
 from flowhn.reporting.tables import DASH, SLIP, table1
-from flowhn.reporting.verdicts import verdicts
+from flowhn.reporting.verdicts import BIASED, verdicts
+
+_TIE = 0.01  # nats of validation loss: less than another seed changes
 
 
 def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> str:
@@ -99,32 +102,57 @@ def _made(records: Sequence[RunRecord], setting: str) -> str:
 
 def _verdict_lines(records: Sequence[RunRecord], size: str) -> list[str]:
     frame = verdicts(records, size=size)
-    lines = ["| claim of the paper | ours | 95 % | verdict |", "|---|---|---|---|"]
+    lines = ["| claim of the paper | ours | 95 % | without BoolQ, 95 % | verdict |", "|---|---|---|---|---|"]
     for row in frame.to_dict("records"):
         against = "" if pd.isna(row["second"]) else f" ({long_name(row['second'])})"
         if row["verdict"] == "not testable":
-            lines.append(f"| {row['sentence']}{against} | {DASH} | {DASH} | not testable |")
+            lines.append(f"| {row['sentence']}{against} | {DASH} | {DASH} | {DASH} | not testable |")
             continue
         points = row["quantity"] == "average"
         form = "{:+.2f}" if points else "{:.2f}x"
         ours, low, high = (form.format(row[key]) for key in ("difference", "low", "high"))
         holds = {"yes": "holds", "no": "does not hold", "partly": "partly", "undecided": "open"}[row["holds"]]
-        lines.append(f"| {row['sentence']}{against} | {ours} | {low} to {high} | {row['verdict']}: {holds} |")
-    return lines
+        rest = "" if pd.isna(row["rest"]) else f"{row['rest_low']:+.2f} to {row['rest_high']:+.2f}"
+        lines.append(f"| {row['sentence']}{against} | {ours} | {low} to {high} | {rest} | {row['verdict']}: {holds} |")
+    return [*lines, "", *_caution(records, size)]
+
+
+def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
+    """What the averages rest on: BoolQ's spread beside that of the other five, and the order by validation loss."""
+    frame = table1(records, size=size)
+    frame = frame[frame["seeds"] > 0]
+    if not set(paper.TASKS) <= set(frame.columns):
+        return []
+    rest = frame[[task for task in paper.TASKS if task != BIASED]].mean(axis=1)
+    order = ", ".join(long_name(cell) for cell in frame.sort_values("val_loss")["cell"])
+    return [
+        f"BoolQ alone lies between {frame[BIASED].min():.1f} and {frame[BIASED].max():.1f} % (always no: 37.8, always yes: "
+        f"62.2), the mean of the other five between {rest.min():.1f} and {rest.max():.1f} % (guessing: 35.0): a verdict that "
+        f"does not stand without BoolQ says little. By validation loss, best first: {order}.",
+    ]
 
 
 def _rates(records: Sequence[RunRecord]) -> list[str]:
     if not records:
         return []
     frame = rate_table(records)
-    highest = frame.groupby("family")["lr"].max()
-    told = ", ".join(
-        f"{row.family} {row.lr:g}{' (the highest tried)' if row.lr == highest[row.family] else ''}"
-        for row in frame[frame["chosen"]].itertuples()
-    )
+    told = ", ".join(_rate(frame[frame["family"] == family]) for family in frame["family"].unique())
     tried = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
     tokens = int(frame["tokens"].iloc[0])
     return [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}.", ""]
+
+
+def _rate(tried: pd.DataFrame) -> str:
+    """The chosen rate of a family, and what a reader must know of it: the edge of what was tried, or a tie."""
+    chosen = tried[tried["chosen"]]
+    if not len(chosen):
+        return f"{tried['family'].iloc[0]} none"
+    row = chosen.iloc[0]
+    ties = tried[~tried["chosen"] & (tried["val_loss"] < row["val_loss"] + _TIE)]
+    remarks = ["the highest tried"] if row["lr"] == tried["lr"].max() else []
+    remarks += ["the lowest tried"] if row["lr"] == tried["lr"].min() and len(tried) > 1 else []
+    remarks += [f"{rate:g} is within {_TIE:g} nats" for rate in ties["lr"]]
+    return f"{row['family']} {row['lr']:g}" + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def _pictures(experiments: Path, artefact: str, setting: str, names: dict[str, str]) -> list[str]:
