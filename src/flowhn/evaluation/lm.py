@@ -125,7 +125,12 @@ class FlowHNLM(TemplateLM):
         """On CUDA flash attention before cuDNN's, which plans every new shape: FAC_Split's questions took 32 s, not 10."""
         if self._torch_device.type != "cuda":
             return nullcontext()
-        order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]
+        order = [
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.MATH,
+        ]
         return sdpa_kernel(order, set_priority=True)
 
     @torch.inference_mode()
