@@ -16,7 +16,7 @@ import yaml
 
 from flowhn.reporting.ablations import ABLATIONS, COMMAND, README, overview, settings, write_ablation
 from flowhn.reporting.artefact import write_artefact
-from flowhn.reporting.bench import find_bench_records, write_bench
+from flowhn.reporting.bench import bench_table, find_bench_records, write_bench
 from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
 from flowhn.reporting.branches import find_measurements, write_branches
 from flowhn.reporting.long_context import write_long_context
@@ -37,6 +37,9 @@ ABLATIONS_BEGIN = (
     "<!-- ablations begin: written by scripts/refresh_experiments.py from configs/artefacts and experiments -->"
 )
 ABLATIONS_END = "<!-- ablations end -->"
+FIGURE4 = ROOT / "experiments" / "figure4"
+FIGURE4_BEGIN = "<!-- figure4 begins: written by scripts/refresh_experiments.py from the records beside it -->"
+FIGURE4_END = "<!-- figure4 ends -->"
 
 
 def block() -> str:
@@ -67,6 +70,29 @@ def block() -> str:
         "![validation loss over tokens, all models](experiments/table1/tiny-docs-laptop/loss.png)",
     ]
     return "\n".join(lines)
+
+
+def figure4_block() -> str:
+    """The part of experiments/figure4/README.md that comes from records: the newest table, and what came back on other days."""
+    _, _, body = (FIGURE4 / "h200" / "table.md").read_text(encoding="utf-8").partition("\n\n")
+    days = {folder.name: bench_table(find_bench_records(folder / "records")) for folder in settings(FIGURE4)}
+    newest = days.pop("h200")
+    lines = ["| model | size | tokens/s | on another day | difference % | folder |", "|:--|:--|--:|--:|--:|:--|"]
+    for name, frame in days.items():
+        both = newest.merge(frame, on=["cell", "size", "seq_len", "protocol", "batch"], suffixes=("", "_then"))
+        for row in both.itertuples():
+            lines.append(
+                f"| {row.model} | {row.size} | {row.tps:,.0f} | {row.tps_then:,.0f} | {100 * (row.tps / row.tps_then - 1):+.1f} | {name} |"
+            )
+    return f"{body.strip()}\n\n**The same cells on another day**\n\n" + "\n".join(lines)
+
+
+def figure4_readme() -> tuple[str, str]:
+    """experiments/figure4/README.md as it is and as it should be."""
+    text = (FIGURE4 / "README.md").read_text(encoding="utf-8")
+    head, rest = text.split(FIGURE4_BEGIN)
+    _, tail = rest.split(FIGURE4_END)
+    return text, f"{head}{FIGURE4_BEGIN}\n{figure4_block()}\n{FIGURE4_END}{tail}"
 
 
 def ablations_block() -> str:
@@ -182,6 +208,8 @@ def main() -> int:
         ]
         old, new = readme()
         found += ["README.md"] if old != new else []
+        old, new = figure4_readme()
+        found += ["experiments/figure4/README.md"] if old != new else []
         for name in found:
             print(f"{name} is not what the committed records give; run scripts/refresh_experiments.py")
         return int(bool(found))
@@ -190,6 +218,7 @@ def main() -> int:
     for folder in ablations():
         (folder / README).write_text(readme_of(folder), encoding="utf-8")
     (ROOT / "README.md").write_text(readme()[1], encoding="utf-8")
+    (FIGURE4 / "README.md").write_text(figure4_readme()[1], encoding="utf-8")
     return 0
 
 
