@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ SPEED = {
     "hymba": 300e3,
 }
 FAC_SPEED = 900e3  # of all other FlowHN rows
-COMPILE_SECONDS, EVAL_SECONDS, LONG_SECONDS = 25.0, 25.0, 60.0
+COMPILE_SECONDS, EVAL_SECONDS, LONG_SECONDS = 10.0, 18.0, 60.0  # the first two measured in the first session
 LONGEST_FIRST = (
     "hymba",
     "mamba1",
@@ -70,15 +71,23 @@ class Job:
         return training + COMPILE_SECONDS + (0 if self.kind == "lr" else EVAL_SECONDS)
 
 
-def plan_jobs(tokens: int, lr_tokens: int, kinds: str) -> list[Job]:
-    """All jobs, what matters most first."""
+def plan_jobs(tokens: int, lr_tokens: int, kinds: str, *, extra: Sequence[str] = (), long_seed: int = 0) -> list[Job]:
+    """All jobs, what matters most first.
+
+    Args:
+        tokens, lr_tokens: of a run and of a learning-rate probe.
+        kinds: the kinds of job wanted, with commas.
+        extra: more rows of Table 1 as ``cell:seed``.
+        long_seed: which seed of the models is asked over long contexts; it has to be trained in the same session.
+    """
     from flowhn.artefacts import load_artefact
 
     jobs = [Job("lr", "table1_lr", cell, 0, lr_tokens) for cell in load_artefact("table1_lr").cells]
     jobs += [Job("table", "table1", cell, 0, tokens) for cell in LONGEST_FIRST]
     jobs += [Job("seed", "table1", cell, 1, tokens) for cell in ("flowhn_no", "flowhn_fac", "shm")]
+    jobs += [Job("seed", "table1", cell, int(seed), tokens) for cell, _, seed in (one.partition(":") for one in extra)]
     jobs += [Job("variant", "beyond", cell, 0, tokens) for cell in VARIANTS]
-    jobs += [Job("long", "table1", cell, 0, tokens) for cell in LONG_MODELS]
+    jobs += [Job("long", "table1", cell, long_seed, tokens) for cell in LONG_MODELS]
     return [job for job in jobs if job.kind in kinds.split(",")]
 
 
@@ -88,7 +97,7 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.work = Path(args.work)
-        self.jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds)
+        self.jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds, extra=args.extra, long_seed=args.long_seed)
         self.claims = self.work / "claims"
         self.claims.mkdir(parents=True, exist_ok=True)
         self._tuned: dict[str, float] = {}
@@ -130,11 +139,16 @@ class Session:
         ]
 
     def rate(self, job: Job) -> float | None:
+        from flowhn.artefacts import load_artefact
         from flowhn.reporting.rates import chosen_rates
 
         if not self._tuned:
             self._tuned = chosen_rates(self.lr_records())
-        return self._tuned.get("flowhn" if job.cell.startswith(("flowhn", "fac")) else job.cell)
+        model = "flowhn" if job.cell.startswith(("flowhn", "fac")) else job.cell
+        committed = load_artefact(job.artefact).lr.get(self.args.size, {})  # of an earlier session
+        if job.tokens > committed.get("max_tokens", 0):
+            committed = {}
+        return self._tuned.get(model, committed.get(model))
 
     def finished(self, job: Job) -> bool:
         return (self.claims / f"{job.name}.done").exists()
@@ -152,8 +166,8 @@ class Session:
     def ready(self, job: Job) -> bool:
         """Learning rates come first; a long-context job needs its trained model."""
         if job.kind == "long":
-            table = [other for other in self.jobs if other.kind == "table" and other.cell == job.cell]
-            return all(self.finished(other) for other in table)
+            trained = [other for other in self.jobs if other.kind in ("table", "seed") and other.cell == job.cell]
+            return all(self.finished(other) for other in trained if other.seed == job.seed)
         return job.kind == "lr" or all(self.finished(other) for other in self.jobs if other.kind == "lr")
 
     def claim(self, job: Job) -> bool:

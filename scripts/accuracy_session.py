@@ -54,26 +54,11 @@ def run_job(session: Session, job: Job, workshop: Any) -> str:
 
 
 def run_long(session: Session, job: Job, run: Any, workshop: Any) -> str:
-    from flowhn.config import compose, to_dict
-    from flowhn.loading import load_run
     from flowhn.run_folder import write_json
-    from flowhn.training import resolve_hardware
+    from flowhn.run_long_context import evaluate_long, long_suite
 
-    suite = to_dict(compose("train", ["eval=long_context", *session.args.long_override]))["eval"]
-    hardware = resolve_hardware(run.config)
-    loaded = load_run(run.folder, device=hardware.device)
-    result = workshop.evaluate(
-        loaded.model, loaded.tokenizer, run.config, suite=suite, hardware=hardware,
-        heldout_file=workshop.prepare(run.config).heldout_file,
-    )  # fmt: skip
-    named = {
-        "cell": job.cell,
-        "seed": job.seed,
-        "run_id": run.run_id,
-        "size": session.args.size,
-        "seq_len": run.config["seq_len"],
-    }
-    write_json(run.folder / "eval-long_context.json", named | result)
+    result = evaluate_long(run, long_suite(session.args.long_override), workshop)
+    write_json(run.folder / "eval-long_context.json", result)
     return f"{result['seconds']:.0f} s"
 
 
@@ -262,6 +247,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=30_000_000)
     parser.add_argument("--lr-tokens", type=int, default=4_000_000)
     parser.add_argument("--kinds", default="lr,table,seed,variant,long")
+    parser.add_argument("--extra", action="append", default=[], help="one more row of Table 1, cell:seed")
+    parser.add_argument("--long-seed", type=int, default=0, help="the seed of the models asked over long contexts")
     parser.add_argument("--data", default="data")
     parser.add_argument("--valid", default="valid")
     parser.add_argument("--eval", default="paper")
@@ -281,7 +268,7 @@ def main() -> None:
     elif args.command == "worker":
         worker(Session(args), args.gpu, None)
     elif args.command == "plan":
-        jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds)
+        jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds, extra=args.extra, long_seed=args.long_seed)
         for job in jobs:
             sys.stdout.write(f"{job.name:<34}{job.seconds():6.0f} s\n")
         sys.stdout.write(f"{'all':<34}{sum(job.seconds() for job in jobs):6.0f} GPU-seconds\n")

@@ -10,17 +10,17 @@
 # Afterwards, at home: python scripts/accuracy_session.py keep accuracy.tgz && python scripts/refresh_experiments.py
 #
 # The plan (python scripts/accuracy_session.py plan), in GPU-seconds at the speeds of one H200 (FAC, FA, AE 0.9M tokens/s, Llama 0.83M,
-# No 0.7M, SHM and Jamba 0.64M, Mamba-2 0.47M, Mamba-1 0.4M, Hymba 0.3M), 25 s a run for building and (cached) compiling, 25 s for the
-# evaluation of seven sets:
-#   preparing                 about 80 s on both GPUs: tokenizer and data on the CPU, meanwhile the GPUs compile models on random tokens
-#   12 learning-rate probes   4M tokens, three rates for each family:        12 x (25 + 4 to 9)           =   375
-#   ten models                30M tokens: training 500 in all, 50 s each beside it                        = 1,020
-#   three second seeds        No, FAC, SHM: training 123                                                  =   273
-#   eight FAC variants        33 s training each                                                          =   667
-#   long context              five models                                                                =   300
-# That is 2,635 GPU-seconds at the planned 50 s a run; with warm caches the overhead measured should be half of that (about 1,700, or 930 s
-# on two GPUs with the preparation). So the list is in order of worth and whatever does not fit is left out and told: at 800 s about
-# 1,440 GPU-seconds are there for the probes, the ten models and, with warm caches, seeds and the first variants.
+# No 0.7M, SHM and Jamba 0.64M, Mamba-2 0.47M, Mamba-1 0.4M, Hymba 0.3M); beside the training 10 s a run for building and (cached) compiling
+# and 18 s for the evaluation of seven sets, both as measured in the first session (one H200, 25 November 2026):
+#   preparing                 tokenizer and data on the CPU, meanwhile the GPUs compile models on random tokens
+#   12 learning-rate probes   4M tokens, three rates for each family       190
+#   ten models                30M tokens: training 510, 28 s each beside   790
+#   three second seeds        No, FAC, SHM                                 210
+#   eight FAC variants        33 s training each                           490
+#   long context              five models at 60 s (not measured yet)       300
+# 1,980 GPU-seconds: 1,000 s on two GPUs and the preparation. The list is in order of worth; what does not fit is left out and told.
+# What the first session left, in 1,160 GPU-seconds (about 630 s on two GPUs with the preparation; rates from table1.yaml):
+#   SESSION_WORDS="--kinds seed,variant,long --extra llama:1 --extra mamba2:1 --long-seed 1" SECONDS_ALL=800 scripts/accuracy_session.sh
 # Nothing of a run but its record comes home (optimiser state is never written, the weights stay on the machine).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -50,6 +50,7 @@ if [ ! -f "$work/daemon.pid" ]; then
   rm -f "$work/finished"
   export PYTHONPATH="$work/code/src:$site" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
   export PYTORCH_NVML_BASED_CUDA_CHECK=1   # asking whether there is a GPU must not start CUDA in the process that forks
+  export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # runs of different shapes follow each other in one process
   export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton HF_HOME="$work/hf"
   # shellcheck disable=SC2086
   (cd "$work/code" && setsid nohup "$python" scripts/accuracy_session.py daemon --work "$work" --begun "$begun" \

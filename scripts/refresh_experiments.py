@@ -19,13 +19,20 @@ from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import bench_table, find_bench_records, write_bench
 from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
 from flowhn.reporting.branches import find_measurements, write_branches
+from flowhn.reporting.long_context import write_long_context
 from flowhn.reporting.record import find_records
+from flowhn.reporting.summary import accuracy_block
 from flowhn.reporting.tables import table1
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "experiments" / "table1" / "tiny-docs-laptop"
 BEGIN = "<!-- table1 begins: written by scripts/refresh_experiments.py from experiments/table1/tiny-docs-laptop -->"
 END = "<!-- table1 ends -->"
+ACCURACY = "135m-files-30M"  # the setting of README's section on accuracy
+ACCURACY_BEGIN = (
+    f"<!-- accuracy begins: written by scripts/refresh_experiments.py from experiments/table1/{ACCURACY} -->"
+)
+ACCURACY_END = "<!-- accuracy ends -->"
 ABLATIONS_BEGIN = (
     "<!-- ablations begin: written by scripts/refresh_experiments.py from configs/artefacts and experiments -->"
 )
@@ -108,6 +115,9 @@ def redraw(source: Path, target: Path) -> None:
     name = source.parent.name
     if name == "bench":
         return redraw_bench(source, target)
+    if name == "long_context":
+        write_long_context(source / "evals", target)
+        return None
     if name == "branches":
         return redraw_branches(source, target)
     artefact = yaml.safe_load((ROOT / "configs" / "artefacts" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -153,6 +163,7 @@ def all_settings() -> list[Path]:
     """The folders below experiments/ that hold records."""
     known = sorted({path.stem for path in (ROOT / "configs" / "artefacts").glob("*.yaml")} | {"bench"})
     measured = [path.parent for path in sorted((ROOT / "experiments" / "branches").glob(f"*/{MEASUREMENTS}"))]
+    measured += [path.parent for path in sorted((ROOT / "experiments" / "long_context").glob("*/evals"))]
     return [setting for name in known for setting in settings(ROOT / "experiments" / name)] + measured
 
 
@@ -172,8 +183,14 @@ def stale(source: Path) -> list[str]:
 def readme() -> tuple[str, str]:
     """The README as it is and as it should be."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
+    gap = yaml.safe_load((ROOT / "configs" / "artefacts" / "beyond.yaml").read_text(encoding="utf-8"))["gap"]
+    parts = (
+        (BEGIN, END, block()),
+        (ABLATIONS_BEGIN, ABLATIONS_END, ablations_block()),
+        (ACCURACY_BEGIN, ACCURACY_END, accuracy_block(ROOT / "experiments", ACCURACY, gap=gap)),
+    )
     new = text
-    for begin, end, content in ((BEGIN, END, block()), (ABLATIONS_BEGIN, ABLATIONS_END, ablations_block())):
+    for begin, end, content in parts:
         head, rest = new.split(begin)
         _, tail = rest.split(end)
         new = f"{head}{begin}\n{content}\n{end}{tail}"

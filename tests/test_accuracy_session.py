@@ -109,6 +109,23 @@ def test_long_context_waits_for_its_model(tmp_path):
     assert (job.kind, job.cell) == ("long", "llama")
 
 
+def test_a_second_session_takes_the_committed_rates_and_other_seeds(tmp_path, monkeypatch):
+    words = {"kinds": "seed,variant,long", "extra": ["llama:1"], "long_seed": 1, "tokens": 30_000_000, "size": "135m"}
+    session = accuracy_jobs.Session(options(tmp_path, **words))
+    names = [job.name for job in session.jobs]
+    assert "seed-llama-s1" in names
+    assert "long-llama-s1" in names
+    rates = {"135m": {"max_tokens": 100_000_000, "flowhn": 7e-4}}
+    monkeypatch.setattr("flowhn.artefacts.load_artefact", lambda name: replace(load_artefact(name), lr=rates))
+    by_name = {job.name: job for job in session.jobs}
+    assert session.rate(by_name["variant-fac_keys-s0"]) == 7e-4
+    assert session.rate(by_name["seed-llama-s1"]) is None
+    session.claim(by_name["seed-llama-s1"])
+    assert not session.ready(by_name["long-llama-s1"])
+    session.finish(by_name["seed-llama-s1"], 1.0)
+    assert session.ready(by_name["long-llama-s1"])
+
+
 def test_the_rate_with_the_lowest_loss_serves_its_family():
     records = [tried("shm", 5e-4, 7.0), tried("shm", 1e-3, 6.0), tried("shm", 2e-3, None), tried("mamba2", 5e-4, 6.5)]
     assert chosen_rates(records) == {"shm": 1e-3, "jamba": 1e-3, "hymba": 1e-3, "mamba2": 5e-4, "mamba1": 5e-4}

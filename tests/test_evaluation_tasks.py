@@ -233,6 +233,19 @@ def test_the_papers_tasks_are_read_from_local_files(paper, first):
         assert numbers["chance"] == PAPER_TASKS[task].chance
         assert numbers["metric"] == "acc"
         assert len(numbers["correct"]["acc"]) == ROWS
+        if task == "lambada_openai":  # nothing to choose from
+            assert "choice" not in numbers
+            continue
+        labels = (
+            [int(paper.tasks[task].doc_to_target(doc)) for doc in paper.tasks[task].eval_docs]
+            if task != "winogrande"
+            else None
+        )
+        assert len(numbers["choice"]) == ROWS
+        if labels:
+            assert numbers["correct"]["acc"] == "".join(
+                str(int(int(c) == n)) for c, n in zip(numbers["choice"], labels, strict=True)
+            )
         assert numbers["correct"]["acc"].count("1") / ROWS == pytest.approx(numbers["acc"])
     assert "acc_norm" in first["tasks"]["hellaswag"]["correct"]
     assert first["tasks"]["lambada_openai"]["perplexity"] > 1

@@ -30,7 +30,9 @@ class Artefact:
         overrides: for every cell, before its own and the user's.
         figures, tables: names for :func:`flowhn.reporting.artefact.write_artefact` (not for ablations).
         budgets: by name ``overrides``, and optionally ``seeds`` and ``cells`` (instead of those of the same name).
-        measure: ``branches`` measures the trained models (:mod:`flowhn.run_branches`) instead of tabulating their records.
+        measure: ``branches`` or ``long_context`` measures the trained models (:mod:`flowhn.run_branches`,
+            :mod:`flowhn.run_long_context`) instead of tabulating their records.
+        suite: of ``long_context``: by size, overrides of ``configs/eval/long_context.yaml``.
         bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count). Their
             budget is ``gpu`` on a machine that has one, unless another is asked for.
         lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens.
@@ -49,6 +51,7 @@ class Artefact:
     cells: dict[str, list[str]] = field(default_factory=dict)
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     measure: str | None = None
+    suite: dict[str, list[str]] = field(default_factory=dict)
     bench: dict[str, Any] | None = None
     lr: dict[str, dict[str, float]] = field(default_factory=dict)
     seeds: dict[str, dict[str, list[int]]] = field(default_factory=dict)

@@ -35,6 +35,7 @@ def _main(argv: Sequence[str]) -> int:
     from flowhn.experiment import Workshop
     from flowhn.loading import load_run
     from flowhn.run_folder import write_json
+    from flowhn.run_long_context import described
     from flowhn.training import resolve_hardware
 
     asked = to_dict(compose("train", args.overrides))
@@ -57,7 +58,7 @@ def _main(argv: Sequence[str]) -> int:
         heldout_file=workshop.prepare(config).heldout_file if needs_documents else None,
     )
     path = args.run / f"eval-{result['suite']}.json"
-    write_json(path, result)
+    write_json(path, described(loaded.config, None) | result)
     for task, numbers in result["tasks"].items():
         shown = "  ".join(
             f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float) and key != "chance"

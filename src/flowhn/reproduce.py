@@ -205,6 +205,7 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
     from flowhn.reporting.ablations import write_ablation
     from flowhn.reporting.artefact import keep_records, write_artefact
     from flowhn.run_branches import measure_runs
+    from flowhn.run_long_context import measure_long_context
 
     records = [
         replace(record, cell=run.config["cell"])
@@ -216,6 +217,9 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
     config = next(iter(runs.wanted.values())).config
     choices = config["choices"]
     folder = Path(config["output_dir"]) / artefact.name / f"{choices['size']}-{choices['data']}-{runs.budget}"
+    if artefact.measure == "long_context":
+        suite = artefact.suite.get(choices["size"], [])
+        return measure_long_context({**runs.wanted, **runs.others}, folder, overrides=suite, say=_say)
     if artefact.measure is not None:
         return measure_runs({**runs.wanted, **runs.others}, folder, title=artefact.title)
     if artefact.question is not None:

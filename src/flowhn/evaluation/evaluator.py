@@ -135,7 +135,8 @@ class Evaluator:
         Returns:
             ``{"tasks": {task: numbers}, "seconds": s}``. The numbers are lm-eval's (``acc``, ``acc_stderr``, ``acc_norm``,
             ``acc_norm_stderr``, ``perplexity``, ``perplexity_stderr``, where the task has them), with ``n`` questions,
-            the accuracy of guessing as ``chance``, ``correct``: for each accuracy, one 0 or 1 per question, the name of
+            the accuracy of guessing as ``chance``, ``correct``: for each accuracy, one 0 or 1 per question, ``choice``:
+            one digit per question, the likeliest of its answers, the name of
             the accuracy that tables show as ``metric``, and for ``eval=long_context`` the questions' ``length`` in tokens.
 
         Raises:
@@ -184,8 +185,9 @@ def _load_tasks(folder: Path, names: list[str], data_dir: Any, limit: int | None
     for name in names:
         try:
             task = manager.load([name])["tasks"][name]
-            size = min(limit or len(task.eval_docs), len(task.eval_docs))
-            if any(task.doc_to_target(task.eval_docs[row]) is None for row in range(size)):
+            documents = task.eval_docs  # once: lm-eval makes them anew (HellaSwag: 3 ms) each time it is asked
+            size = min(limit or len(documents), len(documents))
+            if any(task.doc_to_target(documents[row]) is None for row in range(size)):
                 raise ValueError("a question has no answer")
             task.build_all_requests(limit=size, rank=0, world_size=1)
         except Exception as error:  # datasets and the hub raise many classes for data that cannot be had or read
@@ -241,8 +243,20 @@ def _numbers(name: str, results: Mapping[str, Any], samples: list[Mapping[str, A
         for metric in ("acc_norm", *_METRICS)
         if ordered and metric in ordered[0]
     }
+    if choices := _choices(ordered, found["correct"]):
+        found["choice"] = choices
     found["metric"] = next((metric for metric in _METRICS if metric in found["correct"]), "acc")
     return found
+
+
+def _choices(samples: list[Mapping[str, Any]], correct: Mapping[str, str]) -> str:
+    """Per question the number of the likeliest answer, one digit each; empty for tasks that choose in another way."""
+    if "acc" not in correct or "acc_mutual_info" in correct:
+        return ""
+    answers = [sample["filtered_resps"] for sample in samples]
+    if not all(1 < len(scores) <= 10 for scores in answers):
+        return ""
+    return "".join(str(max(range(len(scores)), key=lambda place: scores[place][0])) for scores in answers)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Padded tokens of one forward pass. A CPU is fastest while activations stay in its caches (500 real requests, one core:
 # 2.3 s at 2,048, 3.8 s at 8,192); a GPU wants enough to do.
@@ -117,8 +118,20 @@ class FlowHNLM(TemplateLM):
 
     def _body(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, D), never compiled: a model fresh from training would be compiled again for each new shape."""
-        with torch.compiler.set_stance("force_eager"), self._autocast():
+        with torch.compiler.set_stance("force_eager"), self._attention(), self._autocast():
             return self.model.body(ids)
+
+    def _attention(self) -> AbstractContextManager[Any]:
+        """On CUDA flash attention before cuDNN's, which plans every new shape: FAC_Split's questions took 32 s, not 10."""
+        if self._torch_device.type != "cuda":
+            return nullcontext()
+        order = [
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.MATH,
+        ]
+        return sdpa_kernel(order, set_priority=True)
 
     @torch.inference_mode()
     def _loglikelihood_tokens(

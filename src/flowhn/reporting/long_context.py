@@ -20,6 +20,8 @@ from flowhn.errors import UserError
 from flowhn.reporting import style
 from flowhn.reporting.tables import write_table
 
+TITLE = "Long context: accuracy over length, trained at a fraction of it"
+FOLDER_NAME = "evals"
 KINDS = {"niah": "needle in a haystack", "recall": "associative recall"}
 METRICS = {"exact_match": "exact match", "acc": "chosen among four"}
 _CHANCE = {"exact_match": 0.0, "acc": 25.0}
@@ -121,11 +123,11 @@ def _panel(axes: Any, frame: pd.DataFrame, metric: str, lengths: Sequence[int]) 
     axes.xaxis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value / 1024:g}k" if value >= 1024 else f"{value:g}")
     )
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(5.0, axes.get_ylim()[1]))
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def write_long_context(evals: Path, folder: Path, *, title: str) -> list[Path]:
+def write_long_context(evals: Path, folder: Path) -> list[Path]:
     """Write ``table.md``, ``table.csv`` and ``long_context.png`` into ``folder`` from the results in ``evals``."""
     frame = read_results(evals)
     shown = [
@@ -146,4 +148,4 @@ def write_long_context(evals: Path, folder: Path, *, title: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "long_context.png"
     long_context_figure(frame, picture)
-    return [*write_table(pd.DataFrame(shown), folder, title=title, notes=notes, full=frame), picture]
+    return [*write_table(pd.DataFrame(shown), folder, title=TITLE, notes=notes, full=frame), picture]

@@ -1,0 +1,186 @@
+"""The README's section on accuracy, from the committed records of one setting: table, verdicts, what lies beyond the paper."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from flowhn.reporting import paper
+from flowhn.reporting.beyond import gap_table
+from flowhn.reporting.rates import rate_table
+from flowhn.reporting.record import RunRecord, find_records
+from flowhn.reporting.style import long_name, size_name
+from flowhn.reporting.tables import DASH, SLIP, table1
+from flowhn.reporting.verdicts import BIASED, verdicts
+
+_TIE = 0.01  # nats of validation loss: less than another seed changes
+
+
+def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> str:
+    """Markdown from ``experiments/{table1,table1_lr,beyond,long_context}/<setting>``; parts without records are left out.
+
+    Args:
+        experiments: the folder; links are written relative to its parent.
+        gap: ``{of, to}`` of the variants' table.
+
+    Raises:
+        UserError: the records cannot make one table.
+    """
+    records = find_records(experiments / "table1" / setting / "records")
+    adapter = _adapter(experiments / "hflm" / "comparison.json")
+    if not records:
+        return "\n".join(["The records of this table are not there yet; the command above makes them.", *adapter])
+    size = records[0].size
+    parts = [_table(records, size), "", _made(records, setting), "", *_verdict_lines(records, size), ""]
+    parts += _rates(find_records(experiments / "table1_lr" / setting / "records"))
+    parts += _pictures(experiments, "table1", setting, {"loss_vs_time": "time", "loss_vs_flops": "FLOPs"})
+    parts += _beyond(find_records(experiments / "beyond" / setting / "records"), size, setting, gap)
+    if (experiments / "long_context" / setting / "long_context.png").is_file():
+        parts += [
+            f"Beyond the trained length: [experiments/long_context](experiments/long_context/{setting}/table.md)."
+        ]
+    return "\n".join([*parts, *adapter]).rstrip()
+
+
+def _adapter(path: Path) -> list[str]:
+    """One sentence on lm-eval's own ``HFLM`` beside ours."""
+    if not path.is_file():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        "",
+        f"The adapter beside lm-eval's own `HFLM` on the same weights ({found['model']}): {found['requests']} real requests of "
+        f"the six sets, largest difference {found['largest_difference']:.1e} in a log-likelihood; best of three on "
+        f"{found['threads']} CPU thread(s) {min(found['seconds_ours']):.1f} s, `HFLM` {min(found['seconds_hflm']):.1f} s at its "
+        f"best batch size ({found['hflm_batch_size']}); rolling log-likelihoods agree to "
+        f"{found['rolling_largest_relative_difference']:.1e} "
+        f"(`FLOWHN_EVAL_DATA_DIR=EVAL pytest -m slow tests/test_evaluation_hflm.py`).",
+    ]
+
+
+def _number(value: Any, form: str) -> str:
+    return DASH if value is None or pd.isna(value) else format(value, form)
+
+
+def _table(records: Sequence[RunRecord], size: str) -> str:
+    frame = table1(records, size=size)
+    slips = {tuple(pair) for pair in frame.attrs["slip_cells"]}
+    lines = [
+        "| model | seeds | val loss | tokens/s | average of six % | LAMBADA % | paper: tokens/s | paper: average |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in frame.to_dict("records"):
+        mark = SLIP if (row["cell"], "paper_average") in slips else ""
+        accuracies = [
+            f"{_number(row.get(name), '.2f')} ± {_number(row.get(f'{name}_stderr'), '.2f')}"
+            for name in ("average", "lambada_openai")
+        ]
+        lines.append(
+            f"| {row['model']} | {row['seeds']} | {_number(row['val_loss'], '.3f')} | {_number(row['tps'], ',.0f')} | "
+            f"{accuracies[0]} | {accuracies[1]} | {_number(row['paper_tps'], ',.0f')} | "
+            f"{_number(row['paper_average'], '.2f')}{mark} |"
+        )
+    if slips:
+        lines += ["", f"{SLIP} a slip in print, shown as printed; the full table lists them."]
+    return "\n".join(lines)
+
+
+def _made(records: Sequence[RunRecord], setting: str) -> str:
+    devices = ", ".join(sorted({str(record.device["name"]) for record in records}))
+    first = records[0]
+    return (
+        f"{len(records)} runs of {first.tokens:,} tokens on {devices}, {size_name(first.size)}, the same batches in the same "
+        f"order for a seed; ± one standard error. The paper's columns are its {size_name(first.size)} at 1B tokens of other "
+        f"text: compare the order, not the values. Full table, verdicts and records: "
+        f"[experiments/table1/{setting}](experiments/table1/{setting}/table.md)."
+    )
+
+
+def _verdict_lines(records: Sequence[RunRecord], size: str) -> list[str]:
+    frame = verdicts(records, size=size)
+    lines = ["| claim of the paper | ours | 95 % | without BoolQ, 95 % | verdict |", "|---|---|---|---|---|"]
+    for row in frame.to_dict("records"):
+        against = "" if pd.isna(row["second"]) else f" ({long_name(row['second'])})"
+        if row["verdict"] == "not testable":
+            lines.append(f"| {row['sentence']}{against} | {DASH} | {DASH} | {DASH} | not testable |")
+            continue
+        points = row["quantity"] == "average"
+        form = "{:+.2f}" if points else "{:.2f}x"
+        ours, low, high = (form.format(row[key]) for key in ("difference", "low", "high"))
+        holds = {"yes": "holds", "no": "does not hold", "partly": "partly", "undecided": "open"}[row["holds"]]
+        rest = "" if pd.isna(row["rest"]) else f"{row['rest_low']:+.2f} to {row['rest_high']:+.2f}"
+        lines.append(f"| {row['sentence']}{against} | {ours} | {low} to {high} | {rest} | {row['verdict']}: {holds} |")
+    return [*lines, "", *_caution(records, size)]
+
+
+def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
+    """What the averages rest on: BoolQ's spread beside that of the other five, and the order by validation loss."""
+    frame = table1(records, size=size)
+    frame = frame[frame["seeds"] > 0]
+    if not set(paper.TASKS) <= set(frame.columns):
+        return []
+    rest = frame[[task for task in paper.TASKS if task != BIASED]].mean(axis=1)
+    order = ", ".join(long_name(cell) for cell in frame.sort_values("val_loss")["cell"])
+    return [
+        f"BoolQ alone lies between {frame[BIASED].min():.1f} and {frame[BIASED].max():.1f} % (always no: 37.8, always yes: "
+        f"62.2), the mean of the other five between {rest.min():.1f} and {rest.max():.1f} % (guessing: 35.0): a verdict that "
+        f"does not stand without BoolQ says little. By validation loss, best first: {order}.",
+    ]
+
+
+def _rates(records: Sequence[RunRecord]) -> list[str]:
+    if not records:
+        return []
+    frame = rate_table(records)
+    told = ", ".join(_rate(frame[frame["family"] == family]) for family in frame["family"].unique())
+    tried = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
+    tokens = int(frame["tokens"].iloc[0])
+    return [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}.", ""]
+
+
+def _rate(tried: pd.DataFrame) -> str:
+    """The chosen rate of a family, and what a reader must know of it: the edge of what was tried, or a tie."""
+    chosen = tried[tried["chosen"]]
+    if not len(chosen):
+        return f"{tried['family'].iloc[0]} none"
+    row = chosen.iloc[0]
+    ties = tried[~tried["chosen"] & (tried["val_loss"] < row["val_loss"] + _TIE)]
+    remarks = ["the highest tried"] if row["lr"] == tried["lr"].max() else []
+    remarks += ["the lowest tried"] if row["lr"] == tried["lr"].min() and len(tried) > 1 else []
+    remarks += [f"{rate:g} is within {_TIE:g} nats" for rate in ties["lr"]]
+    return f"{row['family']} {row['lr']:g}" + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def _pictures(experiments: Path, artefact: str, setting: str, names: dict[str, str]) -> list[str]:
+    lines = []
+    for name, axis in names.items():
+        if (experiments / artefact / setting / f"{name}.png").is_file():
+            lines.append(f"![validation loss over training {axis}](experiments/{artefact}/{setting}/{name}.png)")
+    return [*lines, ""] if lines else []
+
+
+def _beyond(records: Sequence[RunRecord], size: str, setting: str, gap: dict[str, Any]) -> list[str]:
+    own = {gap["of"], *gap["to"]}
+    if not any(record.cell not in own for record in records) or not any(record.cell == gap["of"] for record in records):
+        return []
+    frame = gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
+    tried = frame[~frame["cell"].isin(own)]
+    fast = tried[tried["speed"] >= 0.9]
+    link = f"[experiments/beyond/{setting}](experiments/beyond/{setting}/gap.md) has all of them."
+    if not len(fast):
+        return [f"Beyond the paper: of {len(tried)} variants of FAC_Split none keeps 90 % of its speed. {link}", ""]
+    best = fast.iloc[0]
+    share = best[f"closed_{gap['to'][0]}"]
+    if pd.isna(share):
+        closed = "closes nothing, for No_Split is not ahead,"
+    else:
+        closed = f"closes {100 * share:.0f} % of the gap to No_Split"
+    return [
+        f"Beyond the paper: of {len(tried)} variants of FAC_Split, `{best['cell']}` has the lowest loss at 90 % of the speed or "
+        f"more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {link}",
+        "",
+    ]

@@ -1,0 +1,187 @@
+"""Tables of issue 5: gaps closed by variants, accuracy over length, overlap of questions and training text, more claims."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+
+from flowhn.errors import UserError
+from flowhn.reporting.artefact import write_artefact
+from flowhn.reporting.beyond import gap_table, readable_gap
+from flowhn.reporting.figures import loss_vs_time_figure
+from flowhn.reporting.long_context import long_context_figure, read_results, write_long_context
+from flowhn.reporting.record import write_record
+from flowhn.reporting.summary import accuracy_block
+from flowhn.reporting.verdicts import verdicts
+from test_reporting import fake
+
+GAP = {"of": "flowhn_fac", "to": ["flowhn_no", "shm"]}
+
+
+def variants() -> list:
+    return [
+        fake("flowhn_fac", loss=4.70, tps=1000.0), fake("flowhn_fac", seed=1, loss=5.0), fake("flowhn_no", loss=4.50, tps=700.0),
+        fake("shm", loss=4.30, tps=640.0), fake("fac_a", loss=4.60, tps=900.0), fake("fac_b", loss=4.55, tps=899.0),
+        fake("fac_c", loss=4.80, tps=1000.0),
+    ]  # fmt: skip
+
+
+def test_share_of_the_gap_and_of_the_speed():
+    frame = gap_table(variants(), size="135m", **GAP).set_index("cell")
+    assert list(frame.index) == ["shm", "flowhn_no", "fac_b", "fac_a", "flowhn_fac", "fac_c"]
+    assert set(frame["seeds"]) == {"0"}  # the second seed of one row is not held against rows of one seed
+    assert frame.loc["fac_a", "closed_flowhn_no"] == pytest.approx(0.5)
+    assert frame.loc["fac_a", "closed_shm"] == pytest.approx(0.25)
+    assert frame.loc["fac_c", "closed_flowhn_no"] == pytest.approx(-0.5)
+    assert frame["reached"].to_dict() == {
+        "shm": False, "flowhn_no": False, "fac_b": False, "fac_a": True, "flowhn_fac": False, "fac_c": False,
+    }  # fmt: skip
+    shown = readable_gap(frame.reset_index(), **GAP).set_index("row")
+    assert shown.loc["fac_a", "half the gap at 90 % of the speed"] == "yes"
+    assert shown.loc["fac_b", "half the gap at 90 % of the speed"] == "no"
+
+
+def test_no_gap_is_no_share():
+    ahead = [fake("flowhn_fac", loss=4.0), fake("flowhn_no", loss=4.5), fake("fac_a", loss=3.9)]
+    frame = gap_table(ahead, size="135m", **GAP).set_index("cell")
+    assert frame[["closed_flowhn_no", "closed_shm"]].isna().all(axis=None)
+    assert not frame["reached"].any()
+
+
+def test_gaps_that_cannot_be_counted_are_refused():
+    with pytest.raises(UserError, match="no record of flowhn_fac"):
+        gap_table([fake("shm")], size="135m", **GAP)
+    with pytest.raises(UserError, match="share no seed"):
+        gap_table([fake("flowhn_fac"), fake("shm", seed=1)], size="135m", **GAP)
+
+
+def test_an_artefact_s_own_tables_are_written(tmp_path):
+    (tmp_path / "overlap.json").write_text(
+        json.dumps(
+            {
+                "n": 13,
+                "tasks": {
+                    "boolq": {"questions": 200, "overlapping": 3},
+                    "arc_easy": {"questions": 0, "overlapping": 0},
+                },
+            }
+        )
+    )
+    write_artefact(variants(), tmp_path, title="T", figures=["loss_vs_time"], tables=["gap"], gap=GAP)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "table.md", "table.csv", "gap.md", "gap.csv", "records", "loss_vs_time.png", "overlap.json",
+    }  # fmt: skip
+    text = (tmp_path / "table.md").read_text()
+    assert "at least one run of 13 words stands in the training text: BoolQ 3 of 200 (1.5 %), ARC-e 0 of 0" in text
+    assert pd.read_csv(tmp_path / "gap.csv")["closed_shm"].notna().all()
+    (tmp_path / "overlap.json").write_text("{}")
+    with pytest.raises(UserError, match=r"overlap\.json is damaged"):
+        write_artefact(variants(), tmp_path, title="T")
+
+
+def test_loss_over_time_takes_the_measured_speed_not_the_clock_with_compilation():
+    (axes,) = loss_vs_time_figure([fake("flowhn_fac", tps=1e6), fake("llama", tps=5e5)], size="135m").axes
+    ends = sorted(line.get_xdata()[-1] for line in axes.get_lines() if len(line.get_xdata()) == 8)
+    assert ends == pytest.approx([60.0, 120.0])
+    (axes,) = loss_vs_time_figure([fake("llama", tps=None)], size="135m").axes
+    assert axes.get_lines()[0].get_xdata()[-1] == 24.0  # no measured speed: its own clock
+
+
+def results(folder, cells=("llama", "flowhn_fac"), lengths=(1024, 2048)) -> None:
+    folder.mkdir(parents=True)
+    for cell in cells:
+        tasks = {
+            f"{kind}_{length // 1024}k": {
+                "n": 20, "length": length, "exact_match": 0.5, "exact_match_stderr": 0.1, "acc": 0.6, "acc_stderr": 0.1,
+            }
+            for kind in ("niah", "recall") for length in lengths
+        }  # fmt: skip
+        content = {"cell": cell, "seed": 0, "size": "135m", "seq_len": 1024, "tasks": tasks}
+        (folder / f"{cell}-s0.json").write_text(json.dumps(content))
+
+
+def test_accuracy_over_length(tmp_path):
+    results(tmp_path / "evals")
+    frame = read_results(tmp_path / "evals")
+    assert len(frame) == 8
+    assert set(frame["exact_match"]) == {50.0}
+    figure = long_context_figure(frame)
+    assert len(figure.axes) == 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Llama", "FlowHN FAC_Split"]
+    written = write_long_context(tmp_path / "evals", tmp_path / "out")
+    assert {path.name for path in written} == {"table.md", "table.csv", "long_context.png"}
+    assert "| FlowHN FAC_Split | needle in a haystack |     2,048 |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_result_that_is_none_is_named(tmp_path):
+    with pytest.raises(UserError, match="no results of eval=long_context"):
+        read_results(tmp_path)
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(UserError, match=r"a\.json is not a result"):
+        read_results(tmp_path)
+
+
+def test_the_fastest_of_all_and_the_price_of_the_split_are_judged():
+    records = [
+        fake("flowhn_fac", tps=900.0, acc=0.3),
+        fake("flowhn_no", tps=700.0, acc=0.5),
+        fake("llama", tps=1000.0, acc=0.4),
+    ]
+    frame = verdicts(records).set_index("claim")
+    fastest = frame.loc["fac_fastest"]
+    assert (fastest["second"], fastest["verdict"], fastest["holds"]) == ("llama", "worse", "no")
+    assert "left out for want of TPS" in fastest["method"]
+    price = frame.loc["no_over_fac"]
+    assert (price["verdict"], price["holds"]) == ("better", "yes")
+    assert price["printed"] == pytest.approx(38.85 - 37.41)
+
+
+def test_the_readme_s_block_says_what_the_records_say(tmp_path):
+    assert "not there yet" in accuracy_block(tmp_path, "s", gap=GAP)
+    for record in [fake("flowhn_fac", acc=0.3), fake("flowhn_no", acc=0.5), fake("llama", acc=0.4)]:
+        write_record(tmp_path / "table1" / "s" / "records" / f"{record.cell}.json", record)
+    for record in variants():
+        write_record(tmp_path / "beyond" / "s" / "records" / f"{record.cell}-{record.seed}.json", record)
+    for rate, loss in ((1e-3, 6.0), (2e-3, 5.5)):
+        record = fake(f"llama_{rate:g}", model="llama", config={"lr": rate}, loss=loss, tokens=4_000_000)
+        write_record(tmp_path / "table1_lr" / "s" / "records" / f"{record.cell}.json", record)
+    text = accuracy_block(tmp_path, "s", gap=GAP)
+    assert "| FlowHN FAC_Split | 1 | 4.000 | 1,000 | 30.00 ± " in text
+    assert "among 0.001, 0.002 at 4,000,000 tokens: llama 0.002 (the highest tried)." in text
+    assert (
+        "of 3 variants of FAC_Split, `fac_a` has the lowest loss at 90 % of the speed or more: it closes 50 % of the gap"
+        in text
+    )
+    assert "| No_Split beats FAC_Split in accuracy: the price of the split. (FlowHN FAC_Split) | +20.00 |" in text
+
+
+def test_reproduce_asks_each_trained_model_once(tmp_path, monkeypatch):
+    from flowhn import run_long_context
+    from flowhn.artefacts import load_artefact, plan_cells
+
+    runs = plan_cells(
+        load_artefact("long_context"), ["size=tiny", f"output_dir={tmp_path}", "models=[llama,shm]"]
+    ).wanted
+    write_record(runs["llama"].record_path, fake("llama", run_id=runs["llama"].run_id))
+    asked = []
+
+    def answer(run, suite, workshop):
+        asked.append((run.config["cell"], suite["limit"], tuple(suite["tasks"])))
+        task = {"n": 5, "length": 1024, "exact_match": 0.2, "exact_match_stderr": 0.1, "acc": 0.4, "acc_stderr": 0.1}
+        return run_long_context.described(run.config, run.run_id) | {"tasks": {"niah_1k": task}}
+
+    monkeypatch.setattr(run_long_context, "evaluate_long", answer)
+    words = load_artefact("long_context").suite["tiny"]
+    for _ in range(2):
+        folder = run_long_context.measure_long_context(runs, tmp_path / "out", overrides=words, say=lambda text: None)
+    assert asked == [("llama", 5, ("niah_1k", "niah_2k", "recall_1k", "recall_2k"))]
+    assert "| Llama   | needle in a haystack |     1,024 |" in (folder / "table.md").read_text()
+    assert read_results(folder / "evals")["trained"].tolist() == [128]
+    run_long_context.measure_long_context(runs, tmp_path / "out", overrides=["eval.limit=7"], say=lambda text: None)
+    assert len(asked) == 2  # other questions
+    assert (
+        run_long_context.measure_long_context({"shm": runs["shm"]}, tmp_path / "none", overrides=words, say=print)
+        is None
+    )
