@@ -14,11 +14,29 @@ import secrets
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from bad_inputs_campaign import LIMIT_SECONDS, campaign, make_stage
+from bad_inputs import Bad, Stage
+from bad_inputs_campaign import LIMIT_SECONDS, campaign, fault_of, make_stage, sentences
+from bad_inputs_places import MOUNTS, can_mount, on_a_mount
 from flowhn.reporting.record import environment
+
+
+def on_mounts(stage: Stage, folder: Path, failures: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """Small and read-only file systems; what goes wrong is added to ``failures``. Empty where none can be mounted."""
+    rows: list[dict[str, Any]] = []
+    for number in range(len(MOUNTS) if can_mount() else 0):
+        what, code, said = on_a_mount(stage, folder / f"mount-{number}", number)
+        fault = fault_of(Bad("mounts", what, "train", (), (), False), code, said)
+        told = sentences(said)
+        sentence = told[0].replace(str(folder), "") if told else None
+        rows.append({"what": what, "code": code, "said": sentence})
+        if fault:
+            failures.append({"kind": "mounts", "input": what, "what": fault})
+            print(f"{what}\n    {fault}\n", flush=True)
+    return rows
 
 
 def main() -> int:
@@ -49,6 +67,7 @@ def main() -> int:
                 print(f"{number} {bad.kind}: {bad.what}\n    {outcome.fault}\n", flush=True)
             if args.only is not None:
                 print(f"{bad.command} {bad.argv}\n{outcome.code} {outcome.seconds:.1f} s\n{outcome.said}")
+        mounts = on_mounts(stage, Path(folder), failures) if args.only is None else []
     found = environment()
     result = {
         "inputs": len(numbers),
@@ -57,6 +76,7 @@ def main() -> int:
         "as_processes": as_processes,
         "limit_seconds": LIMIT_SECONDS,
         "longest_seconds": round(longest, 2),
+        "mounts": mounts,
         "failures": failures,
         "commit": found["git"]["commit"],
         "dirty": found["git"]["dirty"],
