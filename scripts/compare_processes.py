@@ -62,7 +62,9 @@ class Run:
 
     def start(self, *launcher: str, **variables: str) -> subprocess.Popen:
         """Start it; its output goes to ``output.log`` in the folder."""
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC"))}
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "TORCHELASTIC"))
+        }
         environment |= {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | variables
         with (self.folder / "output.log").open("ab") as log:
             return subprocess.Popen(
@@ -235,7 +237,9 @@ def launch(work: Path) -> list[dict[str, Any]]:
             codes = [process.wait(timeout=600) for process in start(run)]
             if any(codes):
                 raise RuntimeError(f"{name} ended with {codes}: {run.said()[-1500:]}")
-            rows.append({"launcher": name, "strategy": strategy, "processes": 2, "codes": codes} | difference(alone, run))
+            rows.append(
+                {"launcher": name, "strategy": strategy, "processes": 2, "codes": codes} | difference(alone, run)
+            )
             print(rows[-1], flush=True)
     return rows
 
@@ -288,7 +292,11 @@ def main() -> int:
             "losses": lambda: losses(work, args.models, args.processes),
             "resume": lambda: resume(
                 work,
-                [(("ddp", 2), ("ddp", 1), ("ddp", 4)), (("fsdp", 4), ("fsdp", 2), ("ddp", 1)), (("ddp", 1), ("fsdp", 2))],
+                [
+                    (("ddp", 2), ("ddp", 1), ("ddp", 4)),
+                    (("fsdp", 4), ("fsdp", 2), ("ddp", 1)),
+                    (("ddp", 1), ("fsdp", 2)),
+                ],
             ),
             "lost": lambda: lost(work, [("ddp", 2, 1), ("ddp", 4, 0), ("fsdp", 2, 1), ("fsdp", 4, 2)]),
             "launch": lambda: launch(work),

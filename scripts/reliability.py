@@ -115,7 +115,9 @@ def bad_input(result: Mapping[str, Any]) -> str:
         + "\n"
         + (
             "On file systems of their own (tmpfs mounted in a user namespace):\n\n"
-            + table(["what", "exit code", "said"], [[m["what"], m["code"], m["said"] or "done"] for m in result["mounts"]])
+            + table(
+                ["what", "exit code", "said"], [[m["what"], m["code"], m["said"] or "done"] for m in result["mounts"]]
+            )
             + "\n"
             if result.get("mounts")
             else ""

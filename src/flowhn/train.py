@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from flowhn.display import Display
 from flowhn.errors import UserError
 from flowhn.experiment import Workshop, summary
 from flowhn.reporting.record import RunRecord
-from flowhn.runs import plan
-from flowhn.sweeps import run_job, write_summary
+from flowhn.runs import join_submitit_job, plan, process_rank
+from flowhn.sweeps import WORST, run_job, write_summary
 
 # These belong to Hydra's own command line; a plain run is composed by ours, whose errors are one sentence.
 _HYDRA_FLAGS = {
@@ -113,6 +114,11 @@ def _job(cfg: DictConfig) -> float:
 
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
+    join_submitit_job()
+    if process_rank():  # beside the first process of this run, which alone tells how it went
+        with suppress(SystemExit):
+            _run(compose("train", overrides))
+        return WORST
     folder = Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir
     return run_job(
         lambda: _run(compose("train", overrides)), folder=folder, number=hydra_config.job.num, overrides=overrides

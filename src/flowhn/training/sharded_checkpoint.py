@@ -68,9 +68,7 @@ class SafeReader(dcp.FileSystemReader):
             if not all(isinstance(value, TensorStorageMetadata) for value in described.values()):
                 raise pickle.UnpicklingError("it holds more than tensors")
         except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ValueError, TypeError, IndexError) as error:
-            raise UserError(
-                f"the checkpoint {path.parent} does not hold plain tensors ({error}); delete it"
-            ) from error
+            raise UserError(f"the checkpoint {path.parent} does not hold plain tensors ({error}); delete it") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
