@@ -234,7 +234,7 @@ def launch(work: Path) -> list[dict[str, Any]]:
         for name, start in (("torchrun", _torchrun), ("torchrun, 2 nodes", _two_nodes), ("srun's variables", _slurm)):
             nodes = 2 if "nodes" in name else 1
             words = ["model=flowhn", f"trainer={strategy}", "device=cpu", f"trainer.num_nodes={nodes}"]
-            run = Run(work, f"launch-{strategy}-{name.split(',')[0].split()[0]}-{nodes}", *words)
+            run = Run(work, f"launch-{strategy}-{start.__name__}", *words)
             codes = [process.wait(timeout=600) for process in start(run)]
             if any(codes):
                 raise RuntimeError(f"{name} ended with {codes}: {run.said()[-1500:]}")

@@ -88,15 +88,15 @@ def test_the_number_of_a_process_comes_from_its_launcher(environment, rank, monk
 
 @pytest.mark.slow
 def test_two_sharded_processes_of_torchrun_train_what_one_does(tmp_path):
-    alone = compare.Run(tmp_path, "alone", "model=flowhn", steps=6).finish()
-    words = ["model=flowhn", "trainer=fsdp", "device=cpu"]
+    alone = compare.Run(tmp_path, "alone", "model=flowhn", "precision=64-true", steps=6).finish()
+    words = ["model=flowhn", "trainer=fsdp", "device=cpu", "precision=64-true"]
     (process,) = compare._torchrun(sharded := compare.Run(tmp_path, "sharded", *words, steps=6))
     assert process.wait(timeout=240) == 0, sharded.said()[-2000:]
     found = compare.difference(alone, sharded)
     assert found["batch_losses"] == 6
     assert found["max_loss_difference"] <= 1e-5
     # What does not decay in one process must not decay in several: decay alone moves such a weight by more than this.
-    assert found["max_weight_difference"] <= 2e-5
+    assert found["max_weight_difference"] <= 1e-6
 
 
 def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,9 @@ def _whole(path: Path, prefix: str) -> dict[str, Tensor]:
         for name, about in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(prefix)
     }
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*intent is to load in a single process.*")
+        dcp.load(found, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
