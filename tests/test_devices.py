@@ -14,11 +14,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 
 from flowhn import train
 from flowhn.config import config_dir, register_resolvers
+from flowhn.errors import UserError
 from flowhn.runs import process_rank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -165,6 +167,34 @@ def test_a_sweep_through_submitit_gives_each_run_two_tasks(tmp_path, monkeypatch
         for kind in ("train", "val"):
             for mine, theirs in zip(one["losses"][kind], two["losses"][kind], strict=True):
                 assert mine[1] == pytest.approx(theirs[1], abs=1e-5)
+
+
+def test_a_second_run_in_processes_of_a_launcher_is_one_sentence(monkeypatch):
+    from flowhn.training import distributed
+
+    monkeypatch.setattr(distributed, "_done_under_a_launcher", [])
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with distributed.process_group(2):
+        pass
+    with pytest.raises(UserError, match="torchrun starts the processes of one run only"), distributed.process_group(2):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_an_error_of_ones_own(error, is_lost):
+    from flowhn.training.distributed import process_group
+
+    with pytest.raises(UserError if is_lost else RuntimeError) as caught, process_group(2):
+        raise error
+    assert ("goes on from the last checkpoint" in str(caught.value)) == is_lost
 
 
 def test_a_job_of_a_cluster_asks_for_what_the_run_needs():
