@@ -38,7 +38,7 @@ STEPS = 8
 LONG_STEPS = 40  # of runs that are stopped: too many to be done before
 # In double precision: over so many steps the rounding of another summation order grows in single precision.
 STOPPED = ("precision=64-true", "trainer.checkpoint.every_n_steps=5")
-HANG_SECONDS = 120
+HANG_SECONDS = 300
 PARTS = ("losses", "resume", "lost", "launch")
 
 
@@ -182,9 +182,10 @@ def converted(checkpoint: Path, out: Path) -> int:
     """Tensors of the safetensors file that ``flowhn-convert checkpoint`` makes."""
     from safetensors import safe_open
 
+    from flowhn.convert import _main
+
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "flowhn.convert", "checkpoint", str(checkpoint), "--out", str(out)]
-    subprocess.run(command, check=True, capture_output=True, timeout=HANG_SECONDS)
+    _main(["checkpoint", str(checkpoint), "--out", str(out)])
     with safe_open(out, framework="pt") as file:
         return len(list(file.keys()))
 
@@ -233,7 +234,7 @@ def launch(work: Path) -> list[dict[str, Any]]:
         for name, start in (("torchrun", _torchrun), ("torchrun, 2 nodes", _two_nodes), ("srun's variables", _slurm)):
             nodes = 2 if "nodes" in name else 1
             words = ["model=flowhn", f"trainer={strategy}", "device=cpu", f"trainer.num_nodes={nodes}"]
-            run = Run(work, f"launch-{strategy}-{name.split(',')[0].split()[0]}-{nodes}", *words)
+            run = Run(work, f"launch-{strategy}-{start.__name__}", *words)
             codes = [process.wait(timeout=600) for process in start(run)]
             if any(codes):
                 raise RuntimeError(f"{name} ended with {codes}: {run.said()[-1500:]}")

@@ -113,21 +113,64 @@ def bad_input(result: Mapping[str, Any]) -> str:
         "result.\n\n"
         + table(["kind", "tried", "refused", "unharmed"], kinds)
         + "\n"
+        + (
+            "On file systems of their own (tmpfs mounted in a user namespace):\n\n"
+            + table(
+                ["what", "exit code", "said"], [[m["what"], m["code"], m["said"] or "done"] for m in result["mounts"]]
+            )
+            + "\n"
+            if result.get("mounts")
+            else ""
+        )
         + failures(result["failures"], "Failures (a traceback, a hang, a wrong table, a lost record): none.")
-        + rest(result, "inputs", "by_kind", "failures")
+        + rest(result, "inputs", "by_kind", "failures", "mounts")
     )
 
 
 def processes(result: Mapping[str, Any]) -> str:
-    keys = ("model", "strategy", "processes", "max_loss_difference")
-    rows = [[row.get(key) for key in keys] for row in result["rows"]]
-    worst = max((row["max_loss_difference"] for row in result["rows"]), default=None)
-    return (
-        "The same run on several CPU processes (gloo); the largest difference of a batch loss from one process.\n\n"
-        + table(["model", "strategy", "processes", "largest difference"], rows)
-        + f"\nLargest of all: {shown(worst)} (1e-5 allowed).\n"
-        + rest(result, "rows")
-    )
+    parts = {
+        "rows": (
+            "The same run on one process and on several, batch loss by batch loss; global batch, data and seed are the same.",
+            {"model": "model", "strategy": "strategy", "processes": "processes", "batch_losses": "batch losses",
+             "max_loss_difference": "largest difference", "max_weight_difference": "of a final weight"},
+        ),
+        "resume": (
+            "Stopped by SIGTERM on some processes and gone on with on others, in double precision, against a run that was "
+            "never stopped. `flowhn-convert checkpoint` made one safetensors file of each checkpoint.",
+            {"stations": "ran by", "stopped": "exit codes", "resumed": "resumed", "max_loss_difference": "largest difference",
+             "max_weight_difference": "of a final weight"},
+        ),
+        "lost": (
+            "One process killed (SIGKILL) in training: how soon the job ends; then the same command again, to its end.",
+            {"strategy": "strategy", "processes": "processes", "killed": "killed", "code": "exit code",
+             "seconds_to_end": "seconds to the end", "left_over": "left running", "max_loss_difference": "largest difference"},
+        ),
+        "launch": (
+            "Started in other ways, two processes each.",
+            {"launcher": "started by", "strategy": "strategy", "codes": "exit codes",
+             "max_loss_difference": "largest difference"},
+        ),
+    }  # fmt: skip
+    text = ""
+    for part, (sentence, columns) in parts.items():
+        rows = [[_cell(row.get(key)) for key in columns] for row in result.get(part, [])]
+        text += f"{sentence}\n\n" + (table(list(columns.values()), rows) if rows else "Not measured.\n") + "\n"
+    ends = {row["said"] for row in result.get("lost", []) if row.get("said")}
+    if ends:
+        text += f"What such a job says, for example: `{shown(sorted(ends)[0])}`\n\n"
+    rows = result.get("rows", [])
+    worst = max((row["max_loss_difference"] for row in rows), default=None)
+    counted = f"{len(rows)} comparisons; largest difference of a loss {shown(worst)} ({result.get('limit', 1e-5):g} allowed).\n\n"
+    return text + counted + failures(result.get("failures", []), "Failures: none.") + rest(
+        result, *parts, "failures", "limit"
+    )  # fmt: skip
+
+
+def _cell(value: Any) -> Any:
+    """A cell of the tables above: what a list of stops ended with, stations in their order."""
+    if isinstance(value, list) and value and isinstance(value[0], Mapping):
+        return ", ".join(str(stop["code"]) for stop in value)
+    return ", then ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else value
 
 
 def long_run(result: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from bad_inputs import KINDS, Bad, draw, train_argv
 from bad_inputs_campaign import _MODULES, call, campaign, fault_of, make_stage, records_below
+from bad_inputs_places import MOUNTS, can_mount, on_a_mount
 
 QUICK = 60
 THOROUGH = 300
@@ -89,6 +90,17 @@ def test_what_is_told_of_common_mistakes(stage, tmp_path):
     assert "unpack it" in said("train", *train_argv(stage, tmp_path, "data=files", path))
     assert "eval=none has no tasks" in said("eval", str(stage.text_run), "eval=none")
     assert not (stage.text_run / "eval-none.json").exists()
+
+
+@pytest.mark.skipif(not can_mount(), reason="no tmpfs can be mounted in a user namespace here")
+@pytest.mark.parametrize(
+    "number", [0, *(pytest.param(number, marks=pytest.mark.slow) for number in range(1, len(MOUNTS)))]
+)
+def test_small_and_read_only_file_systems(stage, tmp_path, number):
+    what, code, said = on_a_mount(stage, tmp_path, number)
+    enough = "enough" in what
+    assert fault_of(Bad("mounts", what, "train", (), (), not enough), code, said) is None
+    assert (code == 0) == enough
 
 
 @pytest.mark.slow

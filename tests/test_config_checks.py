@@ -127,7 +127,9 @@ def test_every_check_belongs_to_a_key_that_exists():
     assert [pattern for pattern in CHECKS if not any(fnmatch(key, pattern) for key in known)] == []
 
 
-@pytest.mark.parametrize("word", ["seq_len=x", "windows=0", "steps_per_window=many", "warmup_steps=-1", "profile=1", "seed=null"])
+@pytest.mark.parametrize(
+    "word", ["seq_len=x", "windows=0", "steps_per_window=many", "warmup_steps=-1", "profile=1", "seed=null"]
+)
 def test_values_of_the_benchmark_are_checked(word):
     with pytest.raises(UserError, match=word.partition("=")[0]):
         compose("bench", [word])

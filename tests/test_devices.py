@@ -14,8 +14,13 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
 
 from flowhn import train
+from flowhn.config import config_dir, register_resolvers
+from flowhn.errors import UserError
 from flowhn.runs import process_rank
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +46,16 @@ def test_two_processes_train_what_one_does(tmp_path):
     words = ["model=flowhn", "device=cpu", "budget=4096", "val_points=2", "val_rows=6", "eval=docs", "eval.limit=4",
              f"cache_dir={tmp_path}/cache"]  # fmt: skip
     assert train._main([*words, f"output_dir={tmp_path}/one"]) == 0
-    command = [sys.executable, "-m", "flowhn.train", *words, "trainer=ddp", "device=cpu", "trainer.devices=2", f"output_dir={tmp_path}/two"]
+    command = [
+        sys.executable,
+        "-m",
+        "flowhn.train",
+        *words,
+        "trainer=ddp",
+        "device=cpu",
+        "trainer.devices=2",
+        f"output_dir={tmp_path}/two",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:]
     one, two = record_of(tmp_path / "one"), record_of(tmp_path / "two")
@@ -57,7 +71,14 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 @pytest.mark.parametrize(
     ("environment", "rank"),
-    [({}, 0), ({"LOCAL_RANK": "1"}, 1), ({"NODE_RANK": "2"}, 2), ({"LOCAL_RANK": "0", "NODE_RANK": "2"}, 2), ({"RANK": "5", "LOCAL_RANK": "1"}, 5), ({"SLURM_PROCID": "3"}, 3)],
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "1"}, 1),
+        ({"NODE_RANK": "2"}, 2),
+        ({"LOCAL_RANK": "0", "NODE_RANK": "2"}, 2),
+        ({"RANK": "5", "LOCAL_RANK": "1"}, 5),
+        ({"SLURM_PROCID": "3"}, 3),
+    ],
 )
 def test_the_number_of_a_process_comes_from_its_launcher(environment, rank, monkeypatch):
     for key in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK"):
@@ -69,15 +90,15 @@ def test_the_number_of_a_process_comes_from_its_launcher(environment, rank, monk
 
 @pytest.mark.slow
 def test_two_sharded_processes_of_torchrun_train_what_one_does(tmp_path):
-    alone = compare.Run(tmp_path, "alone", "model=flowhn", steps=6).finish()
-    words = ["model=flowhn", "trainer=fsdp", "device=cpu"]
+    alone = compare.Run(tmp_path, "alone", "model=flowhn", "precision=64-true", steps=6).finish()
+    words = ["model=flowhn", "trainer=fsdp", "device=cpu", "precision=64-true"]
     (process,) = compare._torchrun(sharded := compare.Run(tmp_path, "sharded", *words, steps=6))
     assert process.wait(timeout=240) == 0, sharded.said()[-2000:]
     found = compare.difference(alone, sharded)
     assert found["batch_losses"] == 6
     assert found["max_loss_difference"] <= 1e-5
     # What does not decay in one process must not decay in several: decay alone moves such a weight by more than this.
-    assert found["max_weight_difference"] <= 2e-5
+    assert found["max_weight_difference"] <= 1e-6
 
 
 def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path):
@@ -91,7 +112,9 @@ def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path):
     assert process.wait(timeout=60) not in (0, None)
     assert not psutil.wait_procs([first, second], timeout=30)[1]
     said = [line for line in run.said().splitlines() if line.startswith("error:")]
-    assert said and "process" in said[0] and "goes on from the last checkpoint" in said[0]
+    assert said
+    assert "process" in said[0]
+    assert "goes on from the last checkpoint" in said[0]
     again = compare.Run(tmp_path, "run", *words, steps=24).finish()
     assert again.record()["resumed"] == 1
     found = compare.difference(alone, again)
@@ -125,6 +148,66 @@ def test_one_process_that_is_asked_to_stop_stops_all_within_seconds():
     assert asked == [1, 5, 9, 13]  # every two seconds, at the same steps on all
     keeper._stop.requested = True
     assert [keeper._vote(trainer, step)[0] for step in (14, 15, 16, 17)] == [False, False, False, True]
+
+
+@pytest.mark.slow
+def test_a_sweep_through_submitit_gives_each_run_two_tasks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["model=llama", "data=random", "eval=none", "logger=none", "budget=2048", "val_points=1", "val_rows=4",
+             f"cache_dir={tmp_path}/cache"]  # fmt: skip
+    several = ["launcher=local", "trainer=ddp", "device=cpu", "trainer.devices=2"]
+    command = [sys.executable, "-m", "flowhn.train", "-m", *several, *words, "seed=0,1", f"output_dir={tmp_path}/two"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for seed in (0, 1):
+        assert train._main([*words, "device=cpu", f"seed={seed}", f"output_dir={tmp_path}/one-{seed}"]) == 0
+        one = record_of(tmp_path / f"one-{seed}")
+        (path,) = (tmp_path / "two").glob(f"runs/*-s{seed}-*/record.json")
+        two = json.loads(path.read_text())
+        for kind in ("train", "val"):
+            for mine, theirs in zip(one["losses"][kind], two["losses"][kind], strict=True):
+                assert mine[1] == pytest.approx(theirs[1], abs=1e-5)
+
+
+def test_a_second_run_in_processes_of_a_launcher_is_one_sentence(monkeypatch):
+    from flowhn.training import distributed
+
+    monkeypatch.setattr(distributed, "_done_under_a_launcher", [])
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with distributed.process_group(2):
+        pass
+    with pytest.raises(UserError, match="torchrun starts the processes of one run only"), distributed.process_group(2):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:1"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_a_lost_process_is_told_from_an_error_of_ones_own(error, is_lost):
+    from flowhn.training.distributed import process_group
+
+    with pytest.raises(UserError if is_lost else RuntimeError) as caught, process_group(2):
+        raise error
+    assert ("goes on from the last checkpoint" in str(caught.value)) == is_lost
+
+
+def test_a_job_of_a_cluster_asks_for_what_the_run_needs():
+    register_resolvers()
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        words = ["launcher=slurm", "trainer=fsdp", "trainer.devices=8", "trainer.num_nodes=4"]
+        launcher = hydra_compose("train", words, return_hydra_config=True).hydra.launcher
+        assert (launcher.nodes, launcher.tasks_per_node, launcher.gpus_per_node) == (4, 8, 8)
+        alone = hydra_compose("train", ["launcher=slurm"], return_hydra_config=True).hydra.launcher
+        assert (alone.nodes, alone.tasks_per_node, alone.gpus_per_node) == (1, 1, 1)
+        unknown = hydra_compose("train", ["launcher=slurm", "trainer=ddp"], return_hydra_config=True).hydra.launcher
+        with pytest.raises(Exception, match="has to be a number for a job of a cluster"):
+            _ = unknown.tasks_per_node
 
 
 @pytest.mark.slow

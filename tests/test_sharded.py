@@ -22,9 +22,13 @@ from flowhn.training.loop import CHECKPOINTS
 from flowhn.training.optim import parameter_groups
 from flowhn.training.sharded import mark_parameters, parameter_marks
 from flowhn.training.sharded_checkpoint import SafeReader
-from test_resume import Killed, KillAt, points, run
+from test_resume import KillAt, Killed, points, run
 
-CONFIG = {"checkpoint": {"every_n_steps": 2, "seconds": None, "keep": 2}, "throughput": {"peak_flops": 1e12}, "log_every": 2}
+CONFIG = {
+    "checkpoint": {"every_n_steps": 2, "seconds": None, "keep": 2},
+    "throughput": {"peak_flops": 1e12},
+    "log_every": 2,
+}
 FSDP = {"trainer_cfg": CONFIG | {"strategy": "fsdp"}}
 ALONE = {"trainer_cfg": CONFIG}
 

@@ -70,10 +70,22 @@ def _tokens_resolver(budget: Any, named: Any) -> int:
     return parse_tokens(budget, OmegaConf.to_container(named) if OmegaConf.is_config(named) else named)
 
 
+def _tasks_resolver(devices: Any) -> int:
+    """Tasks of a cluster's job on each of its nodes: as many as the run has devices there.
+
+    Raises:
+        UserError: not a number; what is on the cluster's nodes is not known here.
+    """
+    if isinstance(devices, bool) or not isinstance(devices, int):
+        raise UserError(f"trainer.devices={devices} has to be a number for a job of a cluster; set it to a node's GPUs")
+    return devices
+
+
 def register_resolvers() -> None:
-    """Register ``${tokens:budget,names}`` and options that are classes of one's own; calling it again is harmless."""
+    """Register ``${tokens:budget,names}``, ``${tasks:devices}`` and options that are classes of one's own; again is harmless."""
     register()
     OmegaConf.register_new_resolver("tokens", _tokens_resolver, replace=True)
+    OmegaConf.register_new_resolver("tasks", _tasks_resolver, replace=True)
 
 
 def groups() -> dict[str, list[str]]:

@@ -54,7 +54,7 @@ def train_run(run: Run, prepared: Any, on_progress: Callable[[Progress], None], 
         _explain_determinism(error)
         raise
     if result.weights is not None:  # the trained network is sharded; what follows is done by one process
-        model = build_model(config)
+        model = build_model(config).to(next(iter(result.weights.values())).dtype)
         model.load_state_dict(result.weights)
     fitted = {key: value for key, value in vars(result).items() if key not in ("skipped", "weights")}
     fitted["kernels"] = _kernels(model, hardware)

@@ -66,6 +66,23 @@ def process_rank() -> int:
     return given if "RANK" in os.environ or given else int(os.environ.get("NODE_RANK", 0))
 
 
+def join_submitit_job() -> None:
+    """In a submitit job of several tasks (launcher=slurm, launcher=local): name this task as torchrun would.
+
+    Its process then takes its place among those of the run; a job of one task is left as it is.
+    """
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        return
+    import submitit
+
+    if submitit.JobEnvironment().num_tasks < 2:
+        return
+    from submitit.helpers import TorchDistributedEnvironment
+
+    place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    os.environ["GROUP_RANK"] = str(place.rank // place.local_world_size)
+
+
 def cell_name(config: Mapping[str, Any]) -> str:
     """The run's name in tables: the model, with its split strategy for FlowHN (``flowhn_fac``)."""
     if config.get("cell"):

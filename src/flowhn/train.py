@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -21,8 +23,8 @@ from flowhn.display import Display
 from flowhn.errors import UserError
 from flowhn.experiment import Workshop, summary
 from flowhn.reporting.record import RunRecord
-from flowhn.runs import plan
-from flowhn.sweeps import read_jobs, run_job, take_device, write_summary
+from flowhn.runs import join_submitit_job, plan, process_rank
+from flowhn.sweeps import WORST, read_jobs, run_job, take_device, write_summary
 
 # These belong to Hydra's own command line; a plain run is composed by ours, whose errors are one sentence.
 _HYDRA_FLAGS = {
@@ -118,13 +120,20 @@ def _job(cfg: DictConfig) -> float:
 
     hydra_config = HydraConfig.get()
     overrides = list(hydra_config.overrides.task)
+    join_submitit_job()
+    if process_rank():  # beside the first process of this run, which alone tells how it went
+        with suppress(SystemExit):
+            _run(compose("train", overrides))
+        return WORST
     folder = Path(hydra_config.sweep.dir) / hydra_config.sweep.subdir
     if hydra_config.runtime.choices.get("launcher") == "joblib":
         take_device(Path(hydra_config.sweep.dir))
 
     def body() -> tuple[RunRecord, Path]:
         cfg = compose("train", overrides)
-        return _run(cfg) if cfg.trainer.devices == 1 else _run_apart(cfg, overrides, folder)
+        # A process that something else started (submitit, torchrun) has its place among the run's processes already.
+        is_placed = cfg.trainer.devices == 1 or "RANK" in os.environ
+        return _run(cfg) if is_placed else _run_apart(cfg, overrides, folder)
 
     return run_job(body, folder=folder, number=hydra_config.job.num, overrides=overrides)
 

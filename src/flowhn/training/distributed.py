@@ -45,9 +45,10 @@ class Launch:
 def outside_launch() -> Launch | None:
     """Processes that torchrun or Slurm started for this run, None when there is only this one."""
     env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
+    if "TORCHELASTIC_RUN_ID" in env or {"RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"} <= env.keys():
         world = int(env["WORLD_SIZE"])
-        return Launch("torchrun", world, int(env.get("LOCAL_WORLD_SIZE", world)))
+        name = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "the launcher"
+        return Launch(name, world, int(env.get("LOCAL_WORLD_SIZE", world)))
     tasks = int(env.get("SLURM_NTASKS", 1)) if SLURMEnvironment.detect() else 1
     if tasks > 1:
         return Launch("Slurm", tasks, max(1, tasks // int(env.get("SLURM_NNODES", env.get("SLURM_JOB_NUM_NODES", 1)))))
@@ -75,7 +76,8 @@ def cluster_plugins(n_devices: int) -> list[Any]:
     Under Slurm it would requeue jobs and write checkpoints of its own; and inside a job of one task it would refuse to
     start processes for several devices.
     """
-    if outside_launch() is None and n_devices > 1:
+    launch = outside_launch()
+    if n_devices > 1 and (launch is None or launch.launcher == "the launcher"):
         return [LightningEnvironment()]
     if "TORCHELASTIC_RUN_ID" not in os.environ and SLURMEnvironment.detect():
         return [SLURMEnvironment(auto_requeue=False)]

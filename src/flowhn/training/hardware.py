@@ -45,7 +45,9 @@ def resolve_hardware(config: Mapping[str, Any]) -> Hardware:
     devices = trainer.get("devices", 1)
     available = torch.cuda.device_count() if kind == "cuda" else 1
     launch = outside_launch()
-    count = _positive("trainer.devices", devices) if devices != "auto" else launch.local_world_size if launch else available
+    count = (
+        _positive("trainer.devices", devices) if devices != "auto" else launch.local_world_size if launch else available
+    )
     if kind == "cuda" and count > available:
         raise UserError(f"trainer.devices={count} asks for more CUDA devices than the {available} that PyTorch sees")
     if kind == "mps" and count > 1:

@@ -224,9 +224,7 @@ def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Call
         accelerator=hardware.accelerator,
         devices=hardware.n_devices // num_nodes,
         num_nodes=num_nodes,
-        strategy=build_strategy(
-            strategy, n_devices=hardware.n_devices, timeout_minutes=cfg.get("timeout_minutes", 10)
-        ),
+        strategy=build_strategy(strategy, n_devices=hardware.n_devices, timeout_minutes=cfg.get("timeout_minutes", 10)),
         precision=None if double else hardware.precision,
         deterministic=cfg.get("deterministic", False),
         max_epochs=-1,

@@ -151,4 +151,3 @@ def _fill(target: Tensor, whole: Tensor) -> None:
     if isinstance(target, DTensor):
         whole = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(whole)
-

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,7 @@ class SafeReader(dcp.FileSystemReader):
             if not all(isinstance(value, TensorStorageMetadata) for value in described.values()):
                 raise pickle.UnpicklingError("it holds more than tensors")
         except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ValueError, TypeError, IndexError) as error:
-            raise UserError(
-                f"the checkpoint {path.parent} does not hold plain tensors ({error}); delete it"
-            ) from error
+            raise UserError(f"the checkpoint {path.parent} does not hold plain tensors ({error}); delete it") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -194,7 +193,9 @@ def _whole(path: Path, prefix: str) -> dict[str, Tensor]:
         for name, about in reader.read_metadata().state_dict_metadata.items()
         if name.startswith(prefix)
     }
-    dcp.load(found, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*intent is to load in a single process.*")
+        dcp.load(found, storage_reader=reader, no_dist=True)
     return {name.removeprefix(prefix): tensor for name, tensor in found.items()}
 
 
