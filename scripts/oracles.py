@@ -45,6 +45,12 @@ MODELS = {
     "flowhn_fa": ("FlowHN FA_Split", "the published", "the published code, mode C"),
     "flowhn_fac": ("FlowHN published mode D", "the published", "its computation restated, mode D"),
 }
+# Comparisons of a recorded run that were beyond their limit, and why that is no fault of what was compared.
+REASONS = {
+    "mamba_ssm selective scan, bfloat16": "at one token the gradient of A is zero, and any rounding is large beside it",
+    "Mamba-1 (FlowHN 135m) on triton, bfloat16": "at one token the gradient of the step size is one cancelling sum; plain torch in "
+    "bfloat16 is off by up to 0.44 there, by the seed",
+}
 SUITES = (
     "test_scan.py", "test_oracle_published.py", "test_oracle_hymba.py", "test_oracle_bfloat16.py", "test_generation.py",
     "test_evaluation_hflm.py", "test_oracle_transformers.py", "test_export.py",
@@ -76,7 +82,7 @@ def gather(folder: Path, command: str) -> dict[str, Any]:
             "not_passed": [line for line in tests if line["outcome"] != "passed"],
         },
     }
-    if record["git"]["commit"] is None and os.environ.get("COMMIT"):
+    if os.environ.get("COMMIT"):
         record["git"] = {"commit": os.environ["COMMIT"], "dirty": None}
     return record
 
@@ -196,6 +202,11 @@ def faithful_block() -> list[str]:
             if "eager" not in check["subject"] and "other tiles" not in check["subject"]
         ]
         lines += kernels_table({"checks": kept})
+        reasons = [
+            f"- {check['subject']}: {REASONS[check['subject']]}." for check in failed if check["subject"] in REASONS
+        ]
+        if reasons:
+            lines += ["", "Beyond their limit (the tests have left these gradients out since):", "", *reasons]
     return lines
 
 

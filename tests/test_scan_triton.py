@@ -198,7 +198,9 @@ def check_scan(compare, scan, subject, leaves, dy):
     expected, found = wanted(leaves, dy), run(scan, leaves, dy)
     name, oracle = f"{subject}, {str(dtype)[6:]}", "recurrence in float64"
     compare(name, oracle, "output", worst(found[:1], expected[:1]), LIMIT[dtype])
-    compare(name, oracle, "gradients", worst(found[1:], expected[1:]), LIMIT[dtype])
+    # A state that starts from zero does not decay: with one token A has no gradient (the third leaf's).
+    kept = [i for i in range(1, len(found)) if not (leaves[0].shape[1] == 1 and i == 3)]
+    compare(name, oracle, "gradients", worst([found[i] for i in kept], [expected[i] for i in kept]), LIMIT[dtype])
     return found
 
 

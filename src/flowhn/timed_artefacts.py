@@ -1,4 +1,4 @@
-"""Artefacts that are timed, not trained (``figure4``, ``scaling_size``, ``scaling_length``): ``flowhn-bench`` in a process of its own.
+"""Artefacts that are timed, not trained (figure4, scaling_size, scaling_length): ``flowhn-bench`` in a process of its own.
 
 The folder of such an artefact holds copies of the benchmark records behind it and, where the YAML asks for counts,
 ``counts.json`` with parameters and FLOPs of every size, counted on the meta device.
