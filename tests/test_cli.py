@@ -77,10 +77,14 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
 
 def test_an_interrupt_that_a_library_swallows_is_heeded_afterwards():
     before, after = signal.getsignal(signal.SIGINT), []
-    with pytest.raises(KeyboardInterrupt), heed_interrupts():
+
+    def swallow() -> None:
         with contextlib.suppress(BaseException):  # what some libraries do while they are imported
             signal.raise_signal(signal.SIGINT)
         after.append("went on")
+
+    with pytest.raises(KeyboardInterrupt), heed_interrupts():
+        swallow()
     assert after == ["went on"]
     assert signal.getsignal(signal.SIGINT) is before
     with heed_interrupts():
