@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from flowhn.cli import run_entry
+from flowhn.cli import heed_interrupts, run_entry
 from flowhn.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,3 +73,19 @@ def test_a_reader_that_goes_away_leaves_no_traceback():
     process.stdout.close()
     assert process.wait(30) == 141
     assert process.stderr.read() == ""
+
+
+def test_an_interrupt_that_a_library_swallows_is_heeded_afterwards():
+    before, after = signal.getsignal(signal.SIGINT), []
+
+    def swallow() -> None:
+        with contextlib.suppress(BaseException):  # what some libraries do while they are imported
+            signal.raise_signal(signal.SIGINT)
+        after.append("went on")
+
+    with pytest.raises(KeyboardInterrupt), heed_interrupts():
+        swallow()
+    assert after == ["went on"]
+    assert signal.getsignal(signal.SIGINT) is before
+    with heed_interrupts():
+        pass

@@ -6,7 +6,10 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from flowhn.errors import UserError
 
@@ -61,6 +64,28 @@ def run_entry(body: Callable[[Sequence[str]], int | None], argv: Sequence[str] |
         _say(f"error: {sentence}")
         code = EXIT_BAD_INPUT
     sys.exit(code)
+
+
+@contextmanager
+def heed_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the end when Ctrl-C came inside and a library swallowed it (a bare ``except`` in an import)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = False
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def _sentence(error: Exception) -> str | None:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flowhn.cli import heed_interrupts
 from flowhn.config import build_model
 from flowhn.errors import UserError
 from flowhn.reporting.record import RunRecord, config_hash, environment, write_record
@@ -108,7 +109,8 @@ class Workshop:
         prepared = self.prepare(run.config, on_progress)
         seed_everything(run.config["seed"])
         trained = train_run(run, prepared, on_progress, say)
-        evaluation = self._evaluate(run, prepared, trained, on_progress)
+        with heed_interrupts():
+            evaluation = self._evaluate(run, prepared, trained, on_progress)
         record = _record(run, prepared, trained, evaluation, time.monotonic() - begun)
         write_record(run.record_path, record)
         # The optimiser's state is worth keeping only until the record exists: two checkpoints of ten 1B models are 275 GB.

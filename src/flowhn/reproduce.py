@@ -169,11 +169,11 @@ def _dry_run(name: str, runs: dict[str, Run]) -> int:
     for cell, run in runs.items():
         config, n = run.config, count_parameters(run.config)
         steps = -(-config["tokens"] // config["global_batch_tokens"])
-        # fp32: weights 4 bytes; a checkpoint holds weights and two AdamW moments, and two are kept while a run goes on
+        # fp32: weights 4 bytes; a checkpoint holds weights and two AdamW moments; two are kept while a third is written
         after += 4 * n
         table.add_row(
             cell, config["choices"]["size"], f"{n / 1e6:,.2f}M", f"{config['tokens']:,}", f"{steps:,}", str(config["seed"]),
-            _bytes(2 * 12 * n + 4 * n), _bytes(4 * n), "exists" if run.record() else "missing",
+            _bytes(3 * 12 * n + 4 * n), _bytes(4 * n), "exists" if run.record() else "missing",
         )  # fmt: skip
     console = Console(width=max(120, Console().width))
     console.print(table)
