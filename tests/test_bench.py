@@ -98,7 +98,7 @@ def test_a_cell_that_dies_is_listed_and_measured_again(tmp_path, capsys, monkeyp
 def test_max_minutes_leaves_the_rest_for_the_next_call(tmp_path, capsys, monkeypatch):
     done = {"status": "done", "git": {"commit": "a"}, **fake("llama", 1.0)}
     monkeypatch.setattr(bench, "_run", lambda spec, timeout: pytest.fail("started") if spec is None else done)
-    assert bench._main([*SMALL, "max_minutes=-1", f"output_dir={tmp_path}"]) == 0
+    assert bench._main([*SMALL, "max_minutes=0", f"output_dir={tmp_path}"]) == 0
     assert "not measured yet" in capsys.readouterr().out
 
 

@@ -186,7 +186,9 @@ def test_reproduce_branches_measures_once_and_writes_its_folder(tmp_path, capsys
     assert reproduce._main(words) == 0
     folder = tmp_path / "out" / "branches" / "tiny-random-1024"
     assert "gradient attention / SSM" in capsys.readouterr().out
-    assert {"table.md", "table.csv", "branches.png", "measurements", "command.txt"} == {path.name for path in folder.iterdir()}
+    assert {"table.md", "table.csv", "branches.png", "measurements", "command.txt"} == {
+        path.name for path in folder.iterdir()
+    }
     record = read_measurement(folder / "measurements" / "flowhn_fac-s0.json")
     assert record["training"]["tokens"] == 1024
     assert len(record["blocks"]) == 3
