@@ -18,7 +18,7 @@ from flowhn.reporting.ablation_tables import readable
 from flowhn.reporting.ablations import ABLATIONS, settings, write_ablation, write_overview
 from flowhn.reporting.bench import write_bench_record
 from flowhn.reporting.record import read_record, write_record
-from flowhn.runs import count_parameters
+from flowhn.runs import meta_model
 from flowhn.timed_artefacts import bench_words, count_cells
 
 TRAINED = [name for name in ABLATIONS if name.startswith("ablation_")]
@@ -91,7 +91,7 @@ def test_the_cells_of_an_ablation_are_different_runs_and_shared_ones_are_the_sam
 @pytest.mark.parametrize("budget", ["laptop", "gpu"])
 def test_depths_have_the_same_parameters(budget):
     wanted = plan_cells(load_artefact("ablation_depth"), [f"budget={budget}", "seeds=[0]"]).wanted
-    counts = [count_parameters(run.config) for run in wanted.values()]
+    counts = [meta_model(run.config).num_parameters() for run in wanted.values()]
     assert len(counts) == 5
     assert max(counts) < 1.01 * min(counts)
 
@@ -281,7 +281,7 @@ def test_scaling_size_shows_counts_and_what_was_timed_on_each_device(tmp_path):
     counts = count_cells("length", ["tiny"])
     assert {count["cell"] for count in counts} >= {"llama", "flowhn_fac"}
     fac = next(count for count in counts if count["cell"] == "flowhn_fac")
-    assert fac["parameters"] == count_parameters(to_dict(compose("train", ["data=random", "eval=none"])))
+    assert fac["parameters"] == meta_model(to_dict(compose("train", ["data=random", "eval=none"]))).num_parameters()
     (tmp_path / "counts.json").write_text(json.dumps([*counts, {**fac, "size": "1b", "parameters": 7 * 10**8}]))
     bench_record(tmp_path, "flowhn_fac", "tiny", 4000.0)
     bench_record(tmp_path, "llama", "tiny", 5000.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -122,6 +123,15 @@ def test_dry_run_shows_parameters_and_which_records_exist(two_models, home, caps
     assert shown.count("exists") == 2
     assert shown.count("missing") == 8
     assert "0.73M" in shown
+    assert "prepared data (docs), where the cache has it not yet: 2.7 MB while it is made" in shown
+
+
+def test_the_papers_text_is_announced_before_it_is_downloaded(home, capsys):
+    assert main("--dry-run", "table1", "models=[llama]", "size=135m", "data=slimpajama", "budget=smoke", *home) == 0
+    shown = capsys.readouterr().out
+    size = re.search(r"prepared data \(slimpajama\), .*?: ([\d.]+) GB while it is made, ([\d.]+) GB after", shown)
+    assert float(size[1]) > 25
+    assert 12 < float(size[2]) < float(size[1])
 
 
 def test_list_names_every_artefact_with_its_claim(capsys):

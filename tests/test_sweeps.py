@@ -18,7 +18,7 @@ from flowhn import train
 from flowhn.config import compose, groups
 from flowhn.errors import UserError
 from flowhn.reporting.record import read_record
-from flowhn.sweeps import UNFINISHED, Job, read_jobs, run_job, sweep_table, take_device, write_summary
+from flowhn.sweeps import UNFINISHED, Job, read_jobs, rotate, run_job, sweep_table, take_device, write_summary
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +134,43 @@ def test_its_failure_is_the_sentence_it_ended_with(home, monkeypatch):
     assert code == 2
     (job,) = read_jobs(folder)
     assert job.error.startswith("device 1 went away; try again (output: ")
+
+
+def test_logs_of_earlier_attempts_are_kept_and_bounded(tmp_path):
+    log = tmp_path / "output.log"
+    for attempt in range(6):
+        rotate(log)
+        log.write_text(f"attempt {attempt}")
+    rotate(tmp_path / "none.log")
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {
+        "output.log": "attempt 5",
+        "output.log.1": "attempt 4",
+        "output.log.2": "attempt 3",
+        "output.log.3": "attempt 2",
+    }
+
+
+def test_lines_of_a_long_run_become_rarer(monkeypatch):
+    """A week of a run that reports every 10 s, written to a file: the log's size is bounded."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from flowhn import display
+    from flowhn.runs import Progress
+
+    now = 0.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    text = StringIO()
+    with display.Display(title="table1", n_runs=1, console=Console(file=text, width=200)) as shown:
+        report = shown.watch("llama-135m-paper-s0")
+        for now in range(0, 7 * 24 * 3600, 10):
+            report(Progress("train", now, 7 * 24 * 3600, 12345.6, 3.21))
+            if now == 3600:
+                assert 100 < text.getvalue().count("\n") < 200
+    assert 1000 < text.getvalue().count("\n") < 3000
+    assert len(text.getvalue()) < 300_000
 
 
 def test_each_process_takes_a_device_of_its_own(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ from flowhn.training import (
     token_loss,
     validation_steps,
 )
-from flowhn.training.guard import LossGuard
+from flowhn.training.guard import LossGuard, SkipWatch
 from flowhn.training.optim import build_optimizer, build_schedule, lr_factor, parameter_groups
 
 CPU = Hardware(torch.device("cpu"), 1, "32-true", False)
@@ -436,6 +436,116 @@ def test_three_skipped_steps_in_a_row_end_the_run_and_name_their_rows(tmp_path):
         guard.see(7, math.nan)
     noted = json.loads((tmp_path / "not-finite.json").read_text())
     assert noted == {"steps": [5, 6, 7], "training_rows": {"5": [50], "6": [60], "7": [70]}, "skipped_before": [2, 3]}
+
+
+def test_only_the_first_of_several_processes_writes_the_rows(tmp_path):
+    """All see the same losses and all stop; two that wrote the same temporary file would spoil each other's."""
+    for first in (False, True):
+        guard = LossGuard(tokens_per_step=1, total_steps=9, folder=tmp_path, rows_of_step=lambda step: [step])
+        guard.notes = first
+        for step in (1, 2):
+            guard.see(step, math.nan)
+        with pytest.raises(UserError, match="steps 1 to 3 of 9"):
+            guard.see(3, math.nan)
+        assert (tmp_path / "not-finite.json").exists() == first
+
+
+def test_three_skipped_steps_stop_the_run_at_once_though_losses_are_fetched_later(tmp_path):
+    class Poisoned(LitLM):
+        def training_step(self, batch, batch_idx):
+            steps.append(self.trainer.global_step + 1)
+            out = super().training_step(batch, batch_idx)
+            if steps[-1] in (3, 4, 6, 7, 8):
+                out["loss"].register_hook(lambda grad: grad * float("nan"))
+            return out
+
+    steps: list[int] = []
+    whole = lit()
+    module = Poisoned(net=whole.net, optimizer=whole.optimizer_config, schedule=whole.schedule_config)
+    with pytest.raises(UserError, match="not finite in steps 6 to 8 of 30"):
+        train(module, tmp_path, trainer_cfg={"log_every": 25})
+    assert steps[-1] == 8
+    assert json.loads((tmp_path / "not-finite.json").read_text())["skipped_before"] == [3, 4]
+
+
+def test_on_cuda_the_count_is_looked_at_a_few_steps_late_without_waiting(monkeypatch):
+    """The copies and their order, with a device that is played here; the test below has a real one."""
+    waited: list[int] = []
+
+    class Event:
+        made = 0
+
+        def record(self):
+            Event.made += 1
+            self.number = Event.made
+
+        def synchronize(self):
+            waited.append(self.number)
+
+    class OnCuda:
+        device = torch.device("cuda")
+
+        def __init__(self, value):
+            self.value = torch.tensor(value)
+
+    class Copy:
+        def copy_(self, source, non_blocking):
+            assert non_blocking
+            self.value = source.value
+
+        def __int__(self):
+            return int(self.value)
+
+    def empty_like(source, *, device, pin_memory):
+        assert (device, pin_memory) == ("cpu", True)
+        return Copy()
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    watch = SkipWatch()
+    seen = [watch.see(OnCuda(count)) for count in (0, 1, 2, 3, 4, 5, 6)]
+    assert seen == [False] * 6 + [True]  # the third skipped step is the fourth; it is looked at three steps later
+    assert waited == [1, 2, 3, 4]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_three_skipped_steps_stop_the_run_within_a_few_steps(tmp_path):
+    class Poisoned(LitLM):
+        def training_step(self, batch, batch_idx):
+            steps.append(self.trainer.global_step + 1)
+            out = super().training_step(batch, batch_idx)
+            if steps[-1] in (6, 7, 8):
+                out["loss"].register_hook(lambda grad: grad * float("nan"))
+            return out
+
+    steps: list[int] = []
+    whole = lit()
+    module = Poisoned(net=whole.net, optimizer=whole.optimizer_config, schedule=whole.schedule_config)
+    hardware = Hardware(torch.device("cuda"), 1, "32-true", False)
+    with pytest.raises(UserError, match="not finite in steps 6 to 8 of 30"):
+        train(module, tmp_path, hardware=hardware, trainer_cfg={"log_every": 25})
+    assert 8 <= steps[-1] <= 8 + SkipWatch.LAG
+
+
+def test_a_point_per_step_of_a_long_run_is_bounded(tmp_path):
+    from flowhn.reporting.record import MAX_TRAIN_POINTS
+    from flowhn.run_disk import curve_points
+    from flowhn.training.loop import _log_every
+
+    said: list[str] = []
+    hardware = CPU
+    assert _log_every(1, MAX_TRAIN_POINTS, hardware, said.append) == 1
+    assert not said
+    assert _log_every(1, 25_000, hardware, said.append) == 3
+    assert "trainer.log_every=1 would give 25,000 points" in said[0]
+    assert _log_every(7, 25_000, hardware, said.append) == 7
+    for steps in (1, 499, 999, 10_000, 10**7):
+        for every in (None, 1, 10):
+            assert (
+                steps / _log_every(every, steps, hardware, said.append)
+                <= curve_points(steps, every)
+                <= MAX_TRAIN_POINTS
+            )
 
 
 def test_with_padding_the_cut_into_micro_batches_does_not_change_the_gradient():

@@ -101,7 +101,7 @@ def convert_published(weights: Path, config: Path, out: Path) -> None:
     from safetensors.torch import save_file
 
     from flowhn.models.convert.published import PublishedConfig
-    from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, write_json
+    from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, file_sha256, write_json
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} is there already; give a new or an empty folder")
@@ -116,7 +116,8 @@ def convert_published(weights: Path, config: Path, out: Path) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"--out={out} cannot be written ({error}); free some space or give another folder") from error
-    write_json(out / CONFIG_NAME, {"run_id": None, "name": out.name, "config": run_config})
+    about = {"run_id": None, "name": out.name, "config": run_config}
+    write_json(out / CONFIG_NAME, about | {"weights_sha256": file_sha256(out / WEIGHTS_NAME)})
 
 
 def _read_json(path: Path) -> Any:

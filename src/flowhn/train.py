@@ -24,7 +24,7 @@ from flowhn.errors import UserError
 from flowhn.experiment import Workshop, summary
 from flowhn.reporting.record import RunRecord
 from flowhn.runs import join_submitit_job, plan, process_rank
-from flowhn.sweeps import WORST, read_jobs, run_job, take_device, write_summary
+from flowhn.sweeps import WORST, read_jobs, rotate, run_job, take_device, write_summary
 
 # These belong to Hydra's own command line; a plain run is composed by ours, whose errors are one sentence.
 _HYDRA_FLAGS = {
@@ -149,6 +149,7 @@ def _run_apart(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> tuple
     if record is None:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "output.log"
+        rotate(log)
         with log.open("w", encoding="utf-8") as output:
             command = [sys.executable, "-m", "flowhn.train", *overrides]
             done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)

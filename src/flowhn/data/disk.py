@@ -40,6 +40,15 @@ def disk_estimate(spec: Mapping[str, Any], *, vocab_size: int, seq_len: int) -> 
     return max(1.05 * text, 3 * tokens) + held_out, tokens + held_out
 
 
+def shown_bytes(n: float) -> str:
+    """Bytes for a reader, three digits at most below 100 GB, rounded up: what is announced is never too little."""
+    for unit in ("B", "kB", "MB"):
+        if n < 999.5:
+            return f"{math.ceil(n)} {unit}" if n >= 100 or unit == "B" else f"{math.ceil(n * 10) / 10:.1f} {unit}"
+        n /= 1000
+    return f"{math.ceil(n * 10) / 10:,.1f} GB"
+
+
 def _text_bytes(spec: Mapping[str, Any]) -> float:
     if spec["name"] == "docs":
         return DOCS_BYTES

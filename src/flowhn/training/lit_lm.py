@@ -52,6 +52,7 @@ class LitLM(LightningModule):
         self.val_sum = SumMetric(nan_strategy="disable")
         self.val_tokens = SumMetric(nan_strategy="disable")
         self.step_was_skipped: Tensor | None = None  # of the last optimiser step, on the device
+        self.skipped_in_a_row: Tensor | None = None  # (), optimiser steps up to the last one, on the device
         self._loss = token_loss
         self._compiled = False
         self._sharded = False
@@ -147,6 +148,8 @@ class LitLM(LightningModule):
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a sharded model's (DTensor)
         self.step_was_skipped = ~torch.isfinite(norm)
+        before = 0 if self.skipped_in_a_row is None else self.skipped_in_a_row
+        self.skipped_in_a_row = self.step_was_skipped * (before + 1)
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         if norm.device.type == "cuda" and optimizer.defaults.get("fused"):
