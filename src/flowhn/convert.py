@@ -4,8 +4,8 @@
     flowhn-convert checkpoint outputs/runs/NAME/checkpoints/step-00000120.ckpt --out FILE.safetensors
 
 CONFIG.json holds the keys of :class:`flowhn.models.convert.published.PublishedConfig`. DIR is then loaded like a finished
-run: ``flowhn.load(DIR)``. A ``.pth`` (``.pt``, ``.bin``, ``.ckpt``) is read with ``weights_only=True``; nothing in it is ever executed. A checkpoint is a
-file, or the folder that sharded training (trainer=fsdp) on any number of devices wrote.
+run: ``flowhn.load(DIR)``. A ``.pth`` (``.pt``, ``.bin``, ``.ckpt``) is read with ``weights_only=True``; nothing in it is
+ever executed. A checkpoint is a file, or the folder that sharded training (trainer=fsdp) on any number of devices wrote.
 """
 
 from __future__ import annotations
