@@ -21,6 +21,7 @@ from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
 from flowhn.reporting.branches import find_measurements, write_branches
 from flowhn.reporting.long_context import write_long_context
 from flowhn.reporting.record import find_records
+from flowhn.reporting.speeds import day_spreads
 from flowhn.reporting.summary import accuracy_block
 from flowhn.reporting.tables import table1
 
@@ -136,7 +137,7 @@ def redraw(source: Path, target: Path) -> None:
         shutil.copyfile(source / "overlap.json", target / "overlap.json")
     write_artefact(
         records, target, title=artefact["title"], figures=artefact["figures"], expected=cells,
-        tables=artefact.get("tables", ["verdicts"]), gap=artefact.get("gap"),
+        tables=artefact.get("tables", ["verdicts"]), gap=artefact.get("gap"), days=day_spreads(ROOT / "experiments"),
     )  # fmt: skip
     return None
 

@@ -15,7 +15,7 @@ from flowhn.reporting.long_context import long_context_figure, read_results, wri
 from flowhn.reporting.record import write_record
 from flowhn.reporting.summary import accuracy_block
 from flowhn.reporting.verdicts import verdicts
-from test_reporting import fake
+from test_reporting import fake, timed
 
 GAP = {"of": "flowhn_fac", "to": ["flowhn_no", "shm"]}
 
@@ -125,9 +125,9 @@ def test_a_result_that_is_none_is_named(tmp_path):
 
 def test_the_fastest_of_all_and_the_price_of_the_split_are_judged():
     records = [
-        fake("flowhn_fac", tps=900.0, acc=0.3),
-        fake("flowhn_no", tps=700.0, acc=0.5),
-        fake("llama", tps=1000.0, acc=0.4),
+        timed("flowhn_fac", 900.0, 1.0, 1.01, acc=0.3),
+        timed("flowhn_no", 700.0, 1.0, 1.01, acc=0.5),
+        timed("llama", 1000.0, 1.0, 1.01, acc=0.4),
     ]
     frame = verdicts(records).set_index("claim")
     fastest = frame.loc["fac_fastest"]
