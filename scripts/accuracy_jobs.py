@@ -114,7 +114,7 @@ class Session:
 
         The same run as ``./reproduce.sh`` plans for that row (a test compares their ids), without composing the other rows.
         """
-        from flowhn.artefacts import last_wins, load_artefact
+        from flowhn.artefacts import cells_at, last_wins, load_artefact
         from flowhn.config import compose
         from flowhn.runs import plan
 
@@ -129,7 +129,8 @@ class Session:
                 words.append(f"lr={rate}")
         artefact = load_artefact(job.artefact)
         names = [f"cell={job.cell}", f"artefact={job.artefact}"]
-        return plan(compose("train", last_wins([*artefact.overrides, *artefact.cells[job.cell], *words, *names])))
+        own = cells_at(artefact, self.args.size, [job.cell])[job.cell]
+        return plan(compose("train", last_wins([*artefact.overrides, *own, *words, *names])))
 
     def lr_records(self) -> list[Any]:
         from flowhn.reporting.record import find_records

@@ -1,7 +1,7 @@
 """The artefacts of ``configs/artefacts``: their YAML, and which runs or timings a command asks for.
 
 An artefact is a table of trained models (``cells``) or of timed ones (``bench``). ``budgets`` says what ``budget=smoke``,
-``laptop`` (the default) and ``gpu`` mean for it: overrides, and seeds or cells where they differ. The user's words win.
+``laptop`` (the default) and ``gpu`` mean for it: overrides, and seeds where they differ. The user's words win.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from flowhn.errors import UserError
 from flowhn.runs import Run, plan
 
 DEFAULT_BUDGET = "laptop"
+GPU_BUDGET = "gpu"
+_GPU_OVERRIDES = ["size=135m", "data=slimpajama", "budget=30M"]  # of an artefact that does not say what budget=gpu is
+_DEFAULT_SIZE = "tiny"  # as in configs/train.yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +29,11 @@ class Artefact:
 
     Attributes:
         title, claim: what it is, and what the paper says about it; ``question`` makes it an ablation.
-        cells: rows by name, each a list of overrides of ``configs/train.yaml``.
+        cells: rows by name, each a list of overrides of ``configs/train.yaml``; a row whose numbers fit one size has such a
+            list for each size (see :func:`cells_at`).
         overrides: for every cell, before its own and the user's.
         figures, tables: names for :func:`flowhn.reporting.artefact.write_artefact` (not for ablations).
-        budgets: by name ``overrides``, and optionally ``seeds`` and ``cells`` (instead of those of the same name).
+        budgets: by name ``overrides``, and optionally ``seeds``.
         measure: ``branches`` or ``long_context`` measures the trained models (:mod:`flowhn.run_branches`,
             :mod:`flowhn.run_long_context`) instead of tabulating their records.
         suite: of ``long_context``: by size, overrides of ``configs/eval/long_context.yaml``.
@@ -48,7 +52,7 @@ class Artefact:
     overrides: list[str] = field(default_factory=list)
     figures: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=lambda: ["verdicts"])
-    cells: dict[str, list[str]] = field(default_factory=dict)
+    cells: dict[str, list[str] | dict[str, list[str]]] = field(default_factory=dict)
     budgets: dict[str, dict[str, Any]] = field(default_factory=dict)
     measure: str | None = None
     suite: dict[str, list[str]] = field(default_factory=dict)
@@ -97,12 +101,13 @@ def preset(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, dict[str,
     Raises:
         UserError: a budget that is neither.
     """
-    if not artefact.budgets:
-        return "", {}, list(overrides)
-    default = "gpu" if artefact.bench is not None and _sees_gpu() else DEFAULT_BUDGET
+    default = GPU_BUDGET if artefact.bench is not None and _sees_gpu() else DEFAULT_BUDGET
     asked = next((word.partition("=")[2] for word in overrides if word.startswith("budget=")), default)
+    rest = [word for word in overrides if not word.startswith("budget=")]
+    if not artefact.budgets:
+        return (asked, {"overrides": _GPU_OVERRIDES}, rest) if asked == GPU_BUDGET else ("", {}, list(overrides))
     if asked in artefact.budgets:
-        return asked, artefact.budgets[asked], [word for word in overrides if not word.startswith("budget=")]
+        return asked, artefact.budgets[asked], rest
     if artefact.bench is not None:
         raise UserError(f"budget={asked} is not one of {', '.join(artefact.budgets)}, which {artefact.name} can take")
     parse_tokens(asked, dict.fromkeys(artefact.budgets, 1))
@@ -124,12 +129,13 @@ def plan_cells(artefact: Artefact, overrides: Sequence[str]) -> Plan:
     models, overrides = _selection(overrides, ("models", "model"))
     seeds, overrides = _selection(overrides, ("seeds",))
     budget, given, overrides = preset(artefact, overrides)
-    cells = artefact.cells | given.get("cells", {})
+    common = [*artefact.overrides, *given.get("overrides", ()), *overrides]
     for cell in models or ():
-        if cell not in cells:
-            raise UserError(f"models={cell} is not a cell of {artefact.name}; {nearest(cell, cells)}")
+        if cell not in artefact.cells:
+            raise UserError(f"models={cell} is not a cell of {artefact.name}; {nearest(cell, artefact.cells)}")
     if models is not None and not models:
-        raise UserError(f"models=[] selects nothing; choose from {', '.join(cells)}")
+        raise UserError(f"models=[] selects nothing; choose from {', '.join(artefact.cells)}")
+    cells = cells_at(artefact, _size(common), models)
     if seeds is not None and not (seeds and all(seed.isdigit() for seed in seeds)):
         raise UserError(f"seeds={','.join(seeds)} must be whole numbers, for example seeds=[0,1,2]")
     _refuse_what_cells_set(artefact.name, cells, overrides)
@@ -137,8 +143,7 @@ def plan_cells(artefact: Artefact, overrides: Sequence[str]) -> Plan:
         seeds = given.get("seeds")
     wanted: dict[str, Run] = {}
     others: dict[str, Run] = {}
-    common = [*artefact.overrides, *given.get("overrides", ()), *overrides]
-    own_seeds = {} if any(word.startswith("seed=") for word in common) else _of_size(artefact.seeds, common)
+    own_seeds = {} if any(word.startswith("seed=") for word in common) else artefact.seeds.get(_size(common), {})
     for cell in cells:
         for seed in seeds or own_seeds.get(cell) or [None]:
             own = [*artefact.overrides, *given.get("overrides", ()), *cells[cell], *overrides]
@@ -149,10 +154,32 @@ def plan_cells(artefact: Artefact, overrides: Sequence[str]) -> Plan:
     return Plan(wanted, others, budget or next(iter(wanted.values())).config["budget"])
 
 
-def _of_size(table: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> dict[str, Any]:
-    """The entry of the size that the overrides choose."""
-    sizes = [word.partition("=")[2] for word in overrides if word.startswith("size=")]
-    return table.get(sizes[-1], {}) if sizes else {}
+def cells_at(artefact: Artefact, size: str, chosen: Sequence[str] | None = None) -> dict[str, list[str]]:
+    """The overrides of each cell at a size; a cell that has none there is left out unless it is asked for.
+
+    Args:
+        chosen: the cells asked for; None asks for all.
+
+    Raises:
+        UserError: a cell that is asked for has numbers for other sizes only.
+    """
+    cells: dict[str, list[str]] = {}
+    for cell, words in artefact.cells.items():
+        if not isinstance(words, Mapping):
+            cells[cell] = words
+        elif size in words:
+            cells[cell] = words[size]
+        elif chosen is None or cell in chosen:
+            raise UserError(
+                f"size={size}: the cell {cell} of {artefact.name} has numbers for {', '.join(words)} only; choose one of these "
+                "sizes, or other cells with models=[...]"
+            )
+    return cells
+
+
+def _size(overrides: Sequence[str]) -> str:
+    """The size that the overrides choose."""
+    return next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("size=")), _DEFAULT_SIZE)
 
 
 def _plan_tuned(artefact: Artefact, overrides: list[str]) -> Run:

@@ -7,6 +7,7 @@ Each cell leaves one record; a cell whose record exists is not measured again, s
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ PROTOCOLS = {
 }
 _FIRST_BATCH = {"tiny": 2, "135m": 16, "350m": 8, "1b": 4}  # where batch=auto begins at 1,024 tokens
 _FAILED = ("failed", "timed out")
+COMMAND = "command.txt"
 
 
 def main() -> None:
@@ -63,6 +65,7 @@ def _main(argv: Sequence[str]) -> int:
     records = find_bench_records(folder / "records")
     if records:
         written = write_bench(records, folder, title=case["title"])
+        (folder / COMMAND).write_text(f"{_command(argv)}\n", encoding="utf-8")
         sys.stdout.write(written[0].read_text(encoding="utf-8") + "\nwritten:\n" + "".join(f"  {p}\n" for p in written))
     if left:
         sys.stdout.write(f"not measured yet (max_minutes): {', '.join(left)}; the same command goes on\n")
@@ -70,6 +73,13 @@ def _main(argv: Sequence[str]) -> int:
     for record in failed:
         sys.stderr.write(f"error: {record['cell']} at {record['size']} {record['status']}: {record['reason']}\n")
     return 2 if failed else 0
+
+
+def _command(argv: Sequence[str]) -> str:
+    """The command that makes this again, without what is only about this machine's folders."""
+    return shlex.join(
+        ["flowhn-bench", *(word for word in argv if not word.startswith(("output_dir=", "max_minutes=")))]
+    )
 
 
 def _cold_seconds(folder: Path) -> dict[str, float]:

@@ -58,10 +58,10 @@ def run_entry(body: Callable[[Sequence[str]], int | None], argv: Sequence[str] |
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except (OSError, MemoryError, RuntimeError) as error:
-        sentence = _sentence(error)
-        if debug or sentence is None:
+        known = sentence(error)
+        if debug or known is None:
             raise
-        _say(f"error: {sentence}")
+        _say(f"error: {known}")
         code = EXIT_BAD_INPUT
     sys.exit(code)
 
@@ -88,7 +88,7 @@ def heed_interrupts() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _sentence(error: Exception) -> str | None:
+def sentence(error: Exception) -> str | None:
     """What a failure of the machine means to its user; None for one that is a fault of the program."""
     if not isinstance(error, OSError):
         is_memory = isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)

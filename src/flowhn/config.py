@@ -98,6 +98,12 @@ def groups() -> dict[str, list[str]]:
     }
 
 
+def root_groups(root: str) -> list[str]:
+    """The groups that ``configs/<root>.yaml`` chooses from."""
+    defaults = OmegaConf.to_container(OmegaConf.load(config_dir() / f"{root}.yaml"))["defaults"]
+    return [next(iter(entry)) for entry in defaults if isinstance(entry, Mapping)]
+
+
 def nearest(word: str, candidates: Iterable[str]) -> str:
     """A phrase that suggests the nearest candidate, or lists them all when none is near."""
     names = sorted(set(candidates))
@@ -179,6 +185,10 @@ def _explain(error: Exception, root: str, overrides: list[str]) -> UserError:
 def _unknown(key: str, root: str, overrides: list[str]) -> UserError:
     """A key that is nowhere, or one that the chosen options have not: ``data.packing`` with ``data=random``."""
     valid = _valid_keys(root, overrides)
+    if key in groups() and key not in valid:
+        return UserError(
+            f"{key}= cannot be chosen here: configs/{root}.yaml chooses {', '.join(root_groups(root))} only; leave it out"
+        )
     group, dot, _ = key.partition(".")
     if dot and group in groups() and key in _valid_keys(root, []):
         chosen = next((word.partition("=")[2] for word in overrides if word.startswith(f"{group}=")), "this choice")
@@ -189,7 +199,7 @@ def _unknown(key: str, root: str, overrides: list[str]) -> UserError:
 
 def _valid_keys(root: str, overrides: list[str]) -> list[str]:
     """Keys of a root config under the groups that are chosen, and the groups themselves."""
-    known = groups()
+    known = root_groups(root)
     chosen = [word for word in overrides if word.partition("=")[0] in known]
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
         cfg = hydra_compose(root, overrides=chosen)
@@ -204,7 +214,7 @@ def _valid_keys(root: str, overrides: list[str]) -> list[str]:
                 found += walk(node._get_node(key), f"{name}.")
         return found
 
-    return walk(cfg, "") + [group for group in groups() if group not in ("artefacts", "bench")]
+    return walk(cfg, "") + known
 
 
 def to_dict(cfg: DictConfig) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from typing import Any
 
 from flowhn import run_report
 from flowhn.artefacts import Artefact, Plan, artefact_files, load_artefact, plan_cells
-from flowhn.cli import run_entry
+from flowhn.cli import EXIT_BAD_INPUT, run_entry
+from flowhn.dry_run import show_plan
 from flowhn.errors import UserError
-from flowhn.run_tracking import track_artefact
-from flowhn.runs import Run
+from flowhn.kept import keep_folder
+from flowhn.run_cells import LOG_NAME, reason, run_missing
+from flowhn.run_tracking import check_tracking, track_artefact
 
 EPILOG = """examples:
   ./reproduce.sh                                                Table 1 at laptop scale, from nothing
@@ -41,9 +43,35 @@ def _main(argv: Sequence[str]) -> int:
             raise UserError(
                 f"{run_report.NAME} shows what is there and is made alone; run ./reproduce.sh {run_report.NAME} after the others"
             )
-        _say(f"written: {run_report.make_report(args.overrides)}")
+        if args.dry_run:
+            _say(run_report.plan_report(args.overrides))
+        else:
+            _say(f"written: {run_report.make_report(args.overrides)}")
         return 0
-    return max([_make(load_artefact(name), args) for name in args.artefacts])
+    return _make_all([load_artefact(name) for name in args.artefacts], args)
+
+
+def _make_all(artefacts: Sequence[Artefact], args: argparse.Namespace) -> int:
+    """One artefact after another; with several, one that fails is listed at the end and does not stop the others."""
+    if len(artefacts) == 1:
+        return _make(artefacts[0], args)
+    failed: dict[str, str] = {}
+    for artefact in artefacts:
+        try:
+            if _make(artefact, args):
+                failed[artefact.name] = "some cells have no record; their errors stand above"
+        except Exception as error:
+            if "debug=true" in args.overrides:
+                raise
+            failed[artefact.name] = reason(error, _output_dir(args) / artefact.name / LOG_NAME)
+    for name, why in failed.items():
+        sys.stderr.write(f"error: {name}: {why}\n")
+    return EXIT_BAD_INPUT if failed else 0
+
+
+def _output_dir(args: argparse.Namespace) -> Path:
+    given = [word.partition("=")[2] for word in args.overrides if word.startswith("output_dir=")]
+    return Path(given[-1] if given else "outputs")
 
 
 def _make(artefact: Artefact, args: argparse.Namespace) -> int:
@@ -52,44 +80,58 @@ def _make(artefact: Artefact, args: argparse.Namespace) -> int:
         return _make_timed(artefact, args)
     wanted = plan_cells(artefact, args.overrides)
     if args.dry_run:
-        return _dry_run(artefact.name, wanted.wanted)
+        show_plan(artefact.name, wanted.wanted)
+        return 0
+    config = next(iter(wanted.wanted.values())).config
+    check_tracking(config)
     if args.force:
         for run in wanted.wanted.values():
             shutil.rmtree(run.folder, ignore_errors=True)
-    failed = _run_missing(artefact.title, wanted.wanted)
-    folder = _write(artefact, wanted, _command(artefact, args))
-    _show(artefact, folder, keep=args.keep)
+    failed = run_missing(artefact.title, wanted.wanted)
+    for cell, why in failed.items():
+        sys.stderr.write(f"error: {cell} has no record: {why}\n")
+    command = _command(artefact, args, all_rows=any(run.record() is not None for run in wanted.others.values()))
+    folder = _write(artefact, wanted, command)
     if folder is not None:
-        track_artefact(artefact.name, folder, next(iter(wanted.wanted.values())).config, say=_say)
-    for cell, reason in failed.items():
-        sys.stderr.write(f"error: {cell} has no record: {reason}\n")
-    return 2 if failed else 0
+        _finish(artefact, folder, command, config, keep=args.keep)
+    return EXIT_BAD_INPUT if failed else 0
 
 
 def _make_timed(artefact: Artefact, args: argparse.Namespace) -> int:
     """An artefact that flowhn-bench times."""
     from flowhn.reporting.ablations import ABLATIONS, write_ablation
     from flowhn.reporting.bench import find_bench_records, write_bench
-    from flowhn.timed_artefacts import bench_words, collect, command, measure
+    from flowhn.timed_artefacts import bench_words, collect, measure, tracking_config
+    from flowhn.timed_artefacts import command as bench_command
 
     budget, words = bench_words(artefact, args.overrides)
     if args.dry_run:
-        sys.stdout.write(f"{artefact.name}: {command(words)}\n")
+        _say(f"{artefact.name}: {bench_command(words)}")
         return 0
+    config = tracking_config(artefact, args.overrides)
+    check_tracking(config)
     code = measure(words, force=args.force)
     folder = collect(artefact, budget, words)
-    if folder is not None and artefact.name in ABLATIONS:
-        write_ablation(artefact.name, folder, title=artefact.title, command=_command(artefact, args))
-    elif folder is not None:
+    if folder is None:
+        return code
+    command = _command(artefact, args)
+    if artefact.name in ABLATIONS:
+        write_ablation(artefact.name, folder, title=artefact.title, command=command)
+    else:
         write_bench(find_bench_records(folder / "records"), folder, title=artefact.title)
-    _show(artefact, folder, keep=args.keep)
+    _finish(artefact, folder, command, config, keep=args.keep)
     return code
 
 
-def _command(artefact: Artefact, args: argparse.Namespace) -> str:
-    """The command that makes this again, without what is only about this machine's folders."""
-    words = [word for word in args.overrides if not word.startswith(("output_dir=", "cache_dir="))]
-    return shlex.join(["./reproduce.sh", artefact.name, *words])
+def _command(artefact: Artefact, args: argparse.Namespace, *, all_rows: bool = False) -> str:
+    """The command that makes this again, without what is only about this machine's folders and the logger.
+
+    Args:
+        all_rows: the table has rows of earlier calls too, so a selection of this one would not make it.
+    """
+    left_out = ("output_dir=", "cache_dir=", "logger=", "logger.") + (("models=", "model=") if all_rows else ())
+    words = [word for word in args.overrides if not word.startswith(left_out)]
+    return shlex.join(["./reproduce.sh", *([artefact.name] if words or artefact.name != "table1" else []), *words])
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -120,98 +162,6 @@ def _list() -> int:
         sys.stdout.write(f"{name:<20} {artefact.title}\n{'':<20} {artefact.question or artefact.claim}\n")
     _say(f"{run_report.NAME:<20} {run_report.TITLE}")
     return 0
-
-
-def _run_missing(title: str, runs: dict[str, Run]) -> dict[str, str]:
-    """Run every cell without a record; returns the reason for each that failed."""
-    missing = {cell: run for cell, run in runs.items() if run.record() is None}
-    if not missing:
-        return {}
-    from flowhn.display import Display
-    from flowhn.experiment import Workshop, summary
-
-    failed: dict[str, str] = {}
-    workshop = Workshop()
-    with Display(title=title, n_runs=len(missing)) as display:
-        for cell, run in missing.items():
-            watch = display.watch(cell)
-            workshop.prepare(run.config, watch)  # bad data stops everything: every cell reads the same
-            try:
-                record = workshop.run(run, watch, say=display.say)
-            except UserError as error:
-                failed[cell] = str(error)
-                display.finish(cell, f"failed: {error}")
-            else:
-                display.finish(cell, summary(record))
-    return failed
-
-
-def _dry_run(name: str, runs: dict[str, Run]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    from flowhn.data.disk import shown_bytes
-    from flowhn.run_disk import run_bytes
-    from flowhn.runs import meta_model
-
-    table = Table(title=f"{name}: {len(runs)} runs")
-    for column in (
-        "cell",
-        "size",
-        "parameters",
-        "tokens",
-        "steps",
-        "seed",
-        "disk while running",
-        "disk after",
-        "record",
-    ):
-        table.add_column(column, justify="left" if column in ("cell", "size", "record") else "right", no_wrap=True)
-    after = 0.0
-    for cell, run in runs.items():
-        config, model = run.config, meta_model(run.config)
-        steps = -(-config["tokens"] // config["global_batch_tokens"])
-        running, kept = run_bytes(config, model)
-        after += kept
-        table.add_row(
-            cell, config["choices"]["size"], f"{model.num_parameters() / 1e6:,.2f}M", f"{config['tokens']:,}", f"{steps:,}",
-            str(config["seed"]), shown_bytes(running), shown_bytes(kept), "exists" if run.record() else "missing",
-        )  # fmt: skip
-    console = Console(width=max(120, Console().width), soft_wrap=True)
-    console.print(table)
-    first = next(iter(runs.values()))
-    free = shutil.disk_usage(_existing(first.folder)).free
-    console.print(
-        f"what stays of all runs: {shown_bytes(after)}; free on that disk: {free / 1e9:,.1f} GB; output: {first.folder.parent}"
-    )
-    for line in _data_disk(runs):
-        console.print(line)
-    return 0
-
-
-def _data_disk(runs: dict[str, Run]) -> list[str]:
-    """A line for each data set that the runs read: what its preparation takes and leaves in the cache, if it is not there."""
-    from flowhn.data.disk import disk_estimate, shown_bytes
-    from flowhn.reporting.record import config_hash
-
-    lines = {}
-    for config in (run.config for run in runs.values()):
-        shape = {"vocab_size": config["vocab_size"], "seq_len": config["seq_len"]}
-        key = config_hash({"data": config["data"], **shape})
-        if key in lines:
-            continue
-        cache = Path(config["cache_dir"]) / "data"
-        free = shutil.disk_usage(_existing(cache)).free
-        at_peak, kept = disk_estimate(config["data"], **shape)
-        lines[key] = (
-            f"prepared data ({config['choices']['data']}), where the cache has it not yet: {shown_bytes(at_peak)} while it is "
-            f"made, {shown_bytes(kept)} after; free on that disk: {free / 1e9:,.1f} GB; cache: {cache}"
-        )
-    return list(lines.values())
-
-
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.absolute().parent)
 
 
 def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
@@ -271,21 +221,20 @@ def _say(text: str) -> None:
     sys.stdout.write(f"{text}\n")
 
 
-def _show(artefact: Artefact, folder: Path | None, *, keep: bool) -> None:
-    """Print the table, and copy the folder to experiments/ where that was asked for."""
-    from flowhn.reporting.ablations import write_overview
+def _finish(artefact: Artefact, folder: Path, command: str, config: dict[str, Any], *, keep: bool) -> None:
+    """Note the command, print the table, tell W&B, and copy the folder to experiments/ where that was asked for."""
+    from flowhn.reporting.ablations import COMMAND, write_overview
 
-    if folder is None:
-        return
     about = {"title": artefact.title, "question": artefact.question, "claim": artefact.claim}
+    (folder / COMMAND).write_text(f"{command}\n", encoding="utf-8")
     sys.stdout.write((folder / "table.md").read_text(encoding="utf-8"))
     sys.stdout.write("\nwritten:\n" + "".join(f"  {path}\n" for path in sorted(folder.iterdir())))
     if artefact.question is not None:
         sys.stdout.write(f"  {write_overview(artefact.name, folder.parent, about)}\n")
+    track_artefact(artefact.name, folder, config, say=_say)
     if keep:
         kept = Path("experiments") / artefact.name / folder.name
-        shutil.rmtree(kept, ignore_errors=True)
-        shutil.copytree(folder, kept)
+        keep_folder(folder, kept)
         if artefact.question is not None:
             write_overview(artefact.name, kept.parent, about)
         sys.stdout.write(f"kept in {kept}: commit it to share the result\n")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowhn.errors import UserError
 from flowhn.reporting.long_context import FOLDER_NAME, write_long_context
+from flowhn.reporting.record import environment
 from flowhn.run_folder import WEIGHTS_NAME, write_json
 
 if TYPE_CHECKING:
@@ -44,7 +46,21 @@ def evaluate_long(run: Run, suite: Mapping[str, Any], workshop: Any) -> dict[str
         hardware=hardware,
         heldout_file=prepared.heldout_file,
     )
-    return described(run.config, run.run_id) | result
+    return described(run.config, run.run_id) | _provenance(run, hardware) | result
+
+
+def _provenance(run: Run, hardware: Any) -> dict[str, Any]:
+    """When and on what this was measured, and which code trained the model."""
+    from flowhn.benchmark import describe_device
+
+    record = run.record()
+    trained = None if record is None else {"git": record.git, "created": record.created, "device": record.device}
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        **environment(),
+        "device": describe_device(hardware.device, 1),
+        "training": trained,
+    }
 
 
 def described(config: Mapping[str, Any], run_id: str | None) -> dict[str, Any]:

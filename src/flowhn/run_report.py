@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 NAME = "report"
 TITLE = "One HTML page of all tables, figures and records, committed and local"
-_DEFAULTS = {"size": "tiny", "data": "docs", "budget": "laptop"}  # what a command need not say
 
 
 def make_report(overrides: Sequence[str]) -> Path:
@@ -29,12 +27,31 @@ def make_report(overrides: Sequence[str]) -> Path:
     """
     from flowhn.reporting.report import write_report
 
+    path = _path(overrides)
+    return write_report(_found(path), path)
+
+
+def plan_report(overrides: Sequence[str]) -> str:
+    """What :func:`make_report` would write, as text.
+
+    Raises:
+        UserError: an override other than ``output_dir=``.
+    """
+    path = _path(overrides)
+    found = [source.folder.as_posix() for source in _found(path)]
+    return "\n".join([f"{NAME}: would write {path} from {len(found)} folders", *(f"  {folder}" for folder in found)])
+
+
+def _path(overrides: Sequence[str]) -> Path:
     for word in overrides:
         if not word.startswith("output_dir="):
             raise UserError(f"{word} has no meaning for {NAME}, which shows what is there; only output_dir= can be set")
-    output_dir = Path(next((word.partition("=")[2] for word in overrides), "outputs"))
-    committed, local = (list(_sources(root, root.name == "experiments")) for root in (Path("experiments"), output_dir))
-    return write_report([*committed, *local], output_dir / f"{NAME}.html")
+    return Path(next((word.partition("=")[2] for word in overrides), "outputs")) / f"{NAME}.html"
+
+
+def _found(path: Path) -> list[Source]:
+    """The committed folders, then those beside the page."""
+    return [*_sources(Path("experiments"), committed=True), *_sources(path.parent, committed=False)]
 
 
 def _sources(root: Path, committed: bool) -> Iterator[Source]:
@@ -49,7 +66,6 @@ def _sources(root: Path, committed: bool) -> Iterator[Source]:
                 artefact=name,
                 title=artefact.title,
                 about=_about(artefact, folder),
-                command=None if (folder / "command.txt").is_file() else _command(name, folder.name),
                 committed=committed,
             )
     for folder in _tables(root / "bench"):
@@ -59,7 +75,6 @@ def _sources(root: Path, committed: bool) -> Iterator[Source]:
             folder=folder,
             artefact="bench",
             title=title,
-            command=f"flowhn-bench bench={folder.name}",
             committed=committed,
         )
 
@@ -78,10 +93,3 @@ def _about(artefact: Artefact, folder: Path) -> dict[str, str]:
         about["Answer"] = ablation.answer(ablation.table(folder))
         about["How far this goes"] = ablation.limits
     return about
-
-
-def _command(artefact: str, setting: str) -> str:
-    """The command behind ``<size>-<data>-<budget>``, without what is the default."""
-    parts = dict(zip(("size", "data", "budget"), setting.split("-", 2), strict=False))
-    words = [f"{key}={value}" for key, value in parts.items() if value != _DEFAULTS[key]]
-    return shlex.join(["./reproduce.sh", artefact, *words])

@@ -1,6 +1,7 @@
 """``logger=wandb``: what Weights & Biases is told of a run and of an artefact, beside the curves that Lightning logs.
 
 Offline unless ``WANDB_API_KEY`` or ``WANDB_MODE=online`` is set; nothing leaves the machine before ``wandb sync``.
+``WANDB_MODE=disabled`` switches it off.
 """
 
 from __future__ import annotations
@@ -21,8 +22,20 @@ LOGGER = "wandb"
 
 
 def is_tracked(config: Mapping[str, Any]) -> bool:
-    """Whether a run's configuration asks for Weights & Biases."""
-    return LOGGER in (config.get("logger") or {})
+    """Whether a run's configuration asks for Weights & Biases, and the environment does not forbid it."""
+    return LOGGER in (config.get("logger") or {}) and os.environ.get("WANDB_MODE") != "disabled"
+
+
+def check_tracking(config: Mapping[str, Any]) -> None:
+    """See that what ``logger=wandb`` needs is there, before anything is trained or timed.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+    if is_tracked(config) and importlib.util.find_spec("wandb") is None:
+        raise UserError(
+            "logger=wandb needs the package wandb; run with FLOWHN_EXTRAS=wandb ./reproduce.sh, or pip install wandb"
+        )
 
 
 def is_offline() -> bool:
@@ -37,10 +50,7 @@ def logger_options(run: Run) -> dict[str, Any]:
     Raises:
         UserError: wandb is not installed.
     """
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            "logger=wandb needs the package wandb; run with FLOWHN_EXTRAS=wandb ./reproduce.sh, or pip install wandb"
-        )
+    check_tracking(run.config)
     return {
         "name": run.name,
         "id": run.run_id,
@@ -81,7 +91,7 @@ def close_run(run: Run, record: RunRecord | None, say: Callable[[str], None]) ->
         artifact = wandb.Artifact(f"record-{run.run_id}", type="record", metadata={"cell": record.cell})
         artifact.add_file(str(run.record_path))
         tracked.log_artifact(artifact)
-    _finish(tracked, say)
+    _finish(tracked, say, failed=record is None)
 
 
 def track_artefact(name: str, folder: Path, config: Mapping[str, Any], say: Callable[[str], None]) -> None:
@@ -131,10 +141,10 @@ def _init(config: Mapping[str, Any], folder: Path, **options: Any) -> Any:
     )
 
 
-def _finish(tracked: Any, say: Callable[[str], None]) -> None:
+def _finish(tracked: Any, say: Callable[[str], None], *, failed: bool = False) -> None:
     folder = Path(tracked.dir).parent
     offline = tracked.offline
-    tracked.finish()
+    tracked.finish(exit_code=int(failed))  # 1: W&B shows the run as failed, not as finished
     if offline:
         say(f"W&B, offline: wandb sync {folder}")
 

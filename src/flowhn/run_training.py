@@ -24,7 +24,7 @@ from flowhn.run_folder import (
     tokenizer_hash,
     write_json,
 )
-from flowhn.run_tracking import LOGGER, logger_options
+from flowhn.run_tracking import LOGGER, is_tracked, logger_options
 from flowhn.runs import Progress, Run, process_rank
 
 
@@ -226,6 +226,8 @@ def _loggers(run: Run) -> list[Any]:
 
     made = []
     for name, spec in run.config["logger"].items():
+        if name == LOGGER and not is_tracked(run.config):
+            continue
         options = {"save_dir": str(run.folder)}
         if name == LOGGER:
             options |= logger_options(run)

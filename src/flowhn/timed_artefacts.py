@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from flowhn.artefacts import Artefact, last_wins, preset
 from flowhn.config import build_model, compose, config_dir, to_dict
+from flowhn.errors import UserError
 from flowhn.reporting.scaling import COUNTS
 from flowhn.run_folder import write_json
 
@@ -28,12 +29,24 @@ def bench_words(artefact: Artefact, overrides: Sequence[str]) -> tuple[str, list
     Raises:
         UserError: a key or value that ``flowhn-bench`` does not know.
     """
+    for word in overrides:
+        if word.startswith(("seeds=", "seed=[")):
+            raise UserError(
+                f"{word}: {artefact.name} is timed, not trained; repeat=1 (2, 3, ...) measures again as records of their own"
+            )
     budget, given, overrides = preset(artefact, overrides)
-    overrides = [word for word in overrides if not word.startswith("cache_dir=")]  # timing reads no text
+    # Timing reads no text, and flowhn-bench has no logger: reproduce tells W&B of the artefact.
+    overrides = [word for word in overrides if not word.startswith(("cache_dir=", "logger=", "logger."))]
     overrides = [f"sizes=[{word[5:]}]" if word.startswith("size=") else word for word in overrides]
     words = last_wins([f"bench={artefact.bench['case']}", *given.get("overrides", ()), *overrides])
     compose("bench", words)
     return budget, words
+
+
+def tracking_config(artefact: Artefact, overrides: Sequence[str]) -> dict[str, Any]:
+    """What :func:`flowhn.run_tracking.track_artefact` reads: the user's ``logger=``, ``output_dir=`` and ``seed=``."""
+    words = [word for word in overrides if word.startswith(("logger=", "logger.", "output_dir=", "seed="))]
+    return to_dict(compose("train", [*words, f"artefact={artefact.name}"]))
 
 
 def command(words: Sequence[str]) -> str:

@@ -24,7 +24,8 @@ from flowhn.reporting.report_tables import PAPER_ANCHOR, render
 from flowhn.reporting.style import long_name, size_name
 
 TEMPLATE = "report.html.j2"
-_RECORD_FOLDERS = ("records", "measurements")
+_RECORD_FOLDERS = ("records", "measurements", "evals")
+_TABLES = ("table", "verdicts", "rates", "gap")
 _LONGEST_LIST = 8  # entries of a list that the page shows of a record
 
 
@@ -33,11 +34,11 @@ class Source:
     """A folder that goes into the page.
 
     Attributes:
-        folder: with ``table.md``, ``table.csv``, ``*.png`` and ``records`` (or ``measurements``).
+        folder: with ``table.md``, ``table.csv``, ``*.png``, ``records`` (or ``measurements``, ``evals``), and what makes it again
+            in ``command.txt``.
         artefact: its name, as ``reproduce.sh`` takes it.
         title: for the heading.
         about: sentences before the table: question, the paper's claim, the answer.
-        command: what makes it again; null takes ``command.txt`` of the folder, where there is one.
         committed: whether it lies in ``experiments/``; else it is this machine's output.
     """
 
@@ -45,7 +46,6 @@ class Source:
     artefact: str
     title: str
     about: Mapping[str, str] = field(default_factory=dict)
-    command: str | None = None
     committed: bool = True
 
 
@@ -82,15 +82,13 @@ def write_report(sources: Sequence[Source], path: Path) -> Path:
 def _section(number: int, source: Source) -> dict[str, Any]:
     records = _records(source.folder, f"s{number}")
     tables = []
-    for name in ("table", "verdicts"):
+    for name in _TABLES:
         path = source.folder / f"{name}.md"
         if path.is_file():
             links = _links(source.folder, name, records)
             text = path.read_text(encoding="utf-8")
             tables.append(render(text, links, f"s{number}-records", drop_title=name == "table"))
-    command = source.command
-    if command is None and (source.folder / "command.txt").is_file():
-        command = (source.folder / "command.txt").read_text(encoding="utf-8").strip()
+    command = source.folder / "command.txt"
     return {
         "id": f"s{number}",
         "title": source.title,
@@ -98,7 +96,7 @@ def _section(number: int, source: Source) -> dict[str, Any]:
         "artefact": source.artefact,
         "committed": source.committed,
         "about": dict(source.about),
-        "command": command,
+        "command": command.read_text(encoding="utf-8").strip() if command.is_file() else None,
         "tables": tables,
         "figures": [_figure(path) for path in sorted(source.folder.glob("*.png"))],
         "records": records,
