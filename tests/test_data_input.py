@@ -190,7 +190,7 @@ def test_no_room_and_no_right_to_write(tmp_path, monkeypatch):
 
     write, cache, lines = build_module._write_rows, tmp_path / "cache", []
     monkeypatch.setattr(build_module, "_write_rows", full)
-    with pytest.raises(UserError, match="no disk space left under cache_dir=.* free some and run again"):
+    with pytest.raises(UserError, match=r"no disk space left under cache_dir=.* free some and run again"):
         prepare(spec_of(path), vocab_size=300, seq_len=16, cache_dir=cache)
     (kept,) = (folder for folder in cache.iterdir() if folder.is_dir())
     assert kept.name.startswith(".building-")  # hours of reading and tokenising are not thrown away
