@@ -123,7 +123,16 @@ def test_dry_run_shows_parameters_and_which_records_exist(two_models, home, caps
     assert shown.count("exists") == 2
     assert shown.count("missing") == 8
     assert "0.73M" in shown
-    assert "prepared data (docs), where the cache has it not yet: 2.7 MB while it is made" in shown
+    told = re.search(r"prepared data \(docs\), .*?: ([\d.]+) MB while it is made, ([\d.]+) MB after", shown)
+    cache = Path(home[1].removeprefix("cache_dir=")) / "data"
+    written = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) / 1e6
+    assert written <= float(told[2]) < 4 * written
+    assert float(told[2]) < float(told[1])
+    row = next(line for line in shown.splitlines() if "flowhn_fac" in line)
+    kept = re.findall(r"([\d.]+) MB", row)
+    (folder,) = (path for path in (cache.parents[1] / "out" / "runs").glob("flowhn_fac-*"))
+    written = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) / 1e6
+    assert written <= float(kept[1]) < 1.5 * written
 
 
 def test_the_papers_text_is_announced_before_it_is_downloaded(home, capsys):
