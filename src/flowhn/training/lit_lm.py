@@ -173,10 +173,23 @@ class LitLM(LightningModule):
             UserError: names or shapes differ from this network's.
         """
         mine = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if mine != theirs:
-            name = min(set(mine.items()) ^ set(theirs.items()))[0]
-            raise UserError(
-                f"the checkpoint belongs to another model ({name} is {theirs.get(name, 'missing')} there and "
-                f"{mine.get(name, 'missing')} here); set output_dir= to a new folder or use --force"
-            )
+        check_same_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, mine)
+
+
+def check_same_shapes(
+    theirs: Mapping[str, tuple[int, ...]], mine: Mapping[str, tuple[int, ...]], *, what: str = "the checkpoint"
+) -> None:
+    """
+    Args:
+        theirs: name -> shape in the checkpoint; ``mine``: in the model.
+        what: the checkpoint, as the message calls it.
+
+    Raises:
+        UserError: names or shapes differ; it names the first one.
+    """
+    if mine != theirs:
+        name = min(set(mine.items()) ^ set(theirs.items()))[0]
+        raise UserError(
+            f"{what} belongs to another model ({name} is {theirs.get(name, 'missing')} there and "
+            f"{mine.get(name, 'missing')} here); set output_dir= to a new folder or use --force"
+        )

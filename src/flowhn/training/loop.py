@@ -222,7 +222,7 @@ def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Call
     strategy = cfg.get("strategy", "auto")
     # Lightning refuses this precision by name for sharded networks, and takes it as a plugin.
     double = [DoublePrecision()] if (strategy, hardware.precision) == ("fsdp", "64-true") else []
-    return Trainer(
+    trainer = Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.n_devices // num_nodes,
         num_nodes=num_nodes,
@@ -240,6 +240,11 @@ def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Call
         **TRAINER_OPTIONS,
         **options,
     )
+    if hardware.n_devices > 1:
+        # Lightning's handler of SIGTERM broadcasts at once, in the middle of a step's own collectives, where it can hang for
+        # ever. The processes vote on stopping between steps (see resume.py), which needs StopRequest's handler alone.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def _throughput(
