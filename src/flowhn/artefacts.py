@@ -35,7 +35,8 @@ class Artefact:
         suite: of ``long_context``: by size, overrides of ``configs/eval/long_context.yaml``.
         bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count). Their
             budget is ``gpu`` on a machine that has one, unless another is asked for.
-        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens.
+        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens; ``flowhn_no`` is FlowHN with
+            ``split=no`` alone (``flowhn_<split>`` wins over ``flowhn``).
         seeds: by size, the seeds of cells that are trained more than once.
         like: the artefact whose ``lr`` and ``seeds`` hold here.
         gap: ``of`` a cell ``to`` others in validation loss: the table says how much of it each row closes.
@@ -158,8 +159,9 @@ def _of_size(table: Mapping[str, dict[str, Any]], overrides: Sequence[str]) -> d
 def _plan_tuned(artefact: Artefact, overrides: list[str]) -> Run:
     """The run, with the artefact's learning rate for its model, size and budget where the user gives none."""
     run = plan(compose("train", overrides))
-    rates = artefact.lr.get(run.config["choices"]["size"], {})
-    rate = rates.get(run.config["choices"]["model"])
+    choices = run.config["choices"]
+    rates = artefact.lr.get(choices["size"], {})
+    rate = rates.get(f"{choices['model']}_{choices['split']}", rates.get(choices["model"]))
     if rate is None or run.config["tokens"] > rates["max_tokens"] or any(w.startswith("lr=") for w in overrides):
         return run
     return plan(compose("train", [*overrides, f"lr={rate}"]))

@@ -164,7 +164,13 @@ def _rates(records: Sequence[RunRecord]) -> list[str]:
     told = ", ".join(_rate(frame[frame["family"] == family]) for family in frame["family"].unique())
     tried = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
     tokens = int(frame["tokens"].iloc[0])
-    return [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}.", ""]
+    lines = [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}."]
+    heirs = [
+        long_name(f"flowhn_{split}") for split in ("no", "ae", "fa") if f"flowhn_{split}" not in set(frame["family"])
+    ]
+    if "flowhn" in set(frame["family"]):
+        lines[0] += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate: of FlowHN it alone was tried."
+    return [*lines, ""]
 
 
 def _rate(tried: pd.DataFrame) -> str:
