@@ -38,7 +38,8 @@ class Artefact:
         lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens; ``flowhn_no`` is FlowHN with
             ``split=no`` alone (``flowhn_<split>`` wins over ``flowhn``).
         seeds: by size, the seeds of cells that are trained more than once.
-        like: the artefact whose ``lr`` and ``seeds`` hold here.
+        like: the artefact whose ``lr`` and ``seeds`` hold here; ``lr_like`` takes its ``lr`` alone. Runs that are the same there and
+            here are then trained once.
         gap: ``of`` a cell ``to`` others in validation loss: the table says how much of it each row closes.
     """
 
@@ -57,6 +58,7 @@ class Artefact:
     lr: dict[str, dict[str, float]] = field(default_factory=dict)
     seeds: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     like: str | None = None
+    lr_like: str | None = None
     gap: dict[str, Any] | None = None
 
 
@@ -87,6 +89,8 @@ def load_artefact(name: str) -> Artefact:
     if artefact.like is not None:
         other = load_artefact(artefact.like)
         artefact = replace(artefact, lr=other.lr, seeds=other.seeds)
+    elif artefact.lr_like is not None:
+        artefact = replace(artefact, lr=load_artefact(artefact.lr_like).lr)
     return artefact
 
 
