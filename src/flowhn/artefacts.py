@@ -38,8 +38,8 @@ class Artefact:
         lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens; ``flowhn_no`` is FlowHN with
             ``split=no`` alone (``flowhn_<split>`` wins over ``flowhn``).
         seeds: by size, the seeds of cells that are trained more than once.
-        like: the artefact whose ``lr`` and ``seeds`` hold here; ``lr_like`` takes its ``lr`` alone. Runs that are the same there and
-            here are then trained once.
+        like: the artefact whose ``lr`` and ``seeds`` hold here; ``lr_like`` takes its ``lr`` alone. Runs that are the same
+            there and here are then trained once.
         gap: ``of`` a cell ``to`` others in validation loss: the table says how much of it each row closes.
     """
 
