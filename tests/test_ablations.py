@@ -46,6 +46,28 @@ def record(trained):
     return read_record(path)
 
 
+def test_gpu_budgets_train_with_table1_s_rates_and_share_its_runs():
+    words = ["size=135m", "data=files", "data.path=TEXT", "data.val_path=VALID", "eval=paper", "val_points=10"]
+    table = plan_cells(
+        load_artefact("table1"), [*words, "budget=30M", "models=[flowhn_no,flowhn_fac]", "seeds=[0]"]
+    ).wanted
+    ids = {run.run_id for run in table.values()}
+    assert {run.config["lr"] for run in table.values()} == {load_artefact("table1").lr["135m"]["flowhn"]}
+    for name, cells in (("split", "no,fac"), ("ratio", "flops"), ("fusion", "no_concat_proj,fac_concat_proj")):
+        runs = plan_cells(
+            load_artefact(f"ablation_{name}"), [*words[1:], "budget=gpu", f"models=[{cells}]", "seeds=[0]"]
+        ).wanted
+        assert {run.run_id for run in runs.values()} <= ids
+
+
+def test_rates_are_taken_over_without_seeds():
+    table, split = load_artefact("table1"), load_artefact("ablation_split")
+    assert all(load_artefact(name).lr == table.lr for name in TRAINED)
+    assert table.seeds
+    assert not split.seeds
+    assert load_artefact("beyond").seeds == table.seeds
+
+
 def make(folder: Path, record, rows) -> Path:
     """Records like ``record`` with other cells, numbers and configurations: ``(cell, seed, loss, tps, changes)``."""
     for cell, seed, loss, tps, changes in rows:

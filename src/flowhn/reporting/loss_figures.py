@@ -15,6 +15,8 @@ from flowhn.reporting import style
 from flowhn.reporting.cells import Cell, pool
 from flowhn.reporting.record import RunRecord
 
+_FAR = 0.15  # of the curves' height: how far above them the unigram entropy is still drawn as a line
+
 
 def loss_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
     """Validation loss over training tokens, all models of one size; dashed: what a unigram model reaches.
@@ -122,12 +124,23 @@ def _loss_lines(axes: Axes, lines: Sequence[tuple[Cell, list[float], list[list[f
 
 
 def _unigram_line(axes: Axes, cells: Mapping[str, Cell]) -> None:
-    """One dashed line where all records read the same text; none where they differ."""
+    """One dashed line where all records read the same text; none where they differ.
+
+    Far above the curves a note in the corner takes its place, or the line would leave the curves little room.
+    """
     levels = {cell.first.losses["unigram_entropy"] for cell in cells.values()}
     level = levels.pop() if len(levels) == 1 else None
-    if level is not None:
-        axes.axhline(level, color="#555555", linewidth=0.9, linestyle=(0, (6, 3)), zorder=1)
-        axes.annotate(
-            f"unigram entropy {level:.2f}", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2.5),
-            textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#333333",
+    if level is None:
+        return
+    low, high = axes.dataLim.intervaly
+    if level > high + _FAR * (high - low):
+        axes.text(
+            0.99, 0.98, f"unigram entropy {level:.2f}, above the figure", transform=axes.transAxes, ha="right",
+            va="top", fontsize=7, color="#333333",
         )  # fmt: skip
+        return
+    axes.axhline(level, color="#555555", linewidth=0.9, linestyle=(0, (6, 3)), zorder=1)
+    axes.annotate(
+        f"unigram entropy {level:.2f}", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2.5),
+        textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#333333",
+    )  # fmt: skip

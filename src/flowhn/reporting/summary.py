@@ -12,6 +12,7 @@ import pandas as pd
 from flowhn.reporting import paper
 from flowhn.reporting.beyond import gap_table
 from flowhn.reporting.rates import rate_table
+from flowhn.reporting.reasons import depth_lines, equal_cost_lines
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.speeds import day_spreads
 from flowhn.reporting.style import long_name, size_name
@@ -21,12 +22,13 @@ from flowhn.reporting.verdicts import BIASED, BIASED_ALONE, INTERVAL, verdicts
 _TIE = 0.01  # nats of validation loss: less than another seed changes
 
 
-def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> str:
+def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen: pd.DataFrame | None = None) -> str:
     """Markdown from ``experiments/{table1,table1_lr,beyond,long_context}/<setting>``; parts without records are left out.
 
     Args:
         experiments: the folder; links are written relative to its parent.
         gap: ``{of, to}`` of the variants' table.
+        seen: what a token of each split can have seen (:func:`flowhn.reporting.reasons.depth_lines`).
 
     Raises:
         UserError: the records cannot make one table.
@@ -45,6 +47,7 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> s
         "",
     ]
     parts += _rates(find_records(experiments / "table1_lr" / setting / "records"))
+    parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen)]
     parts += _pictures(experiments, "table1", setting, {"loss_vs_time": "time", "loss_vs_flops": "FLOPs"})
     parts += _beyond(find_records(experiments / "beyond" / setting / "records"), size, setting, gap)
     if (experiments / "long_context" / setting / "long_context.png").is_file():
@@ -164,7 +167,13 @@ def _rates(records: Sequence[RunRecord]) -> list[str]:
     told = ", ".join(_rate(frame[frame["family"] == family]) for family in frame["family"].unique())
     tried = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
     tokens = int(frame["tokens"].iloc[0])
-    return [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}.", ""]
+    lines = [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}."]
+    heirs = [
+        long_name(f"flowhn_{split}") for split in ("no", "ae", "fa") if f"flowhn_{split}" not in set(frame["family"])
+    ]
+    if "flowhn" in set(frame["family"]):
+        lines[0] += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate: of FlowHN it alone was tried."
+    return [*lines, ""]
 
 
 def _rate(tried: pd.DataFrame) -> str:
