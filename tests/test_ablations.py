@@ -136,7 +136,7 @@ def test_a_laptop_run_has_two_seeds_and_a_number_is_a_budget_too():
         (["scaling_length", "budget=10k"], "budget=10k is not one of smoke, laptop, gpu"),
         (["ablation_split", "split=fa"], "the same model under other names"),
         (["ablation_spilt"], "did you mean ablation_split"),
-        (["scaling_size", "seeds=[0]"], "unknown key seeds"),
+        (["scaling_size", "seeds=[0]"], "scaling_size is timed, not trained; repeat=1"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(words, said, home):

@@ -94,6 +94,25 @@ def test_a_broken_record_is_one_sentence(tmp_path):
         write_report([Source(folder=folder, artefact="table1", title="T")], tmp_path / "report.html")
 
 
+def test_every_kind_of_table_and_record_is_shown_with_the_folders_command(tmp_path):
+    folder = tmp_path / "long_context" / "x"
+    (folder / "evals").mkdir(parents=True)
+    for name in ("table", "verdicts", "rates", "gap"):
+        (folder / f"{name}.md").write_text(f"# T\n\nthe {name} is here\n")
+    content = {"cell": "llama", "size": "tiny", "seed": 0, "created": "2026-11-25T00:00:00", "versions": {"torch": "2.13"},
+               "device": {"name": "a CPU", "type": "cpu", "count": 1}, "git": {"commit": "0" * 40, "dirty": False}}  # fmt: skip
+    (folder / "evals" / "llama-s0.json").write_text(json.dumps(content))
+    (folder / "command.txt").write_text("./reproduce.sh long_context size=135m\n")
+    text = write_report([Source(folder=folder, artefact="long_context", title="T")], tmp_path / "r.html").read_text()
+    for name in ("table", "verdicts", "rates", "gap"):
+        assert f"the {name} is here" in text
+    assert "evals/llama-s0.json" in text
+    assert "./reproduce.sh long_context size=135m" in text
+    (folder / "command.txt").unlink()
+    text = write_report([Source(folder=folder, artefact="long_context", title="T")], tmp_path / "r.html").read_text()
+    assert "./reproduce.sh" not in text, "a command is not guessed"
+
+
 def test_nothing_to_report_and_other_overrides_are_told(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="nothing to report"):
@@ -106,6 +125,11 @@ def test_reproduce_lists_and_makes_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert reproduce._main(["--list"]) == 0
     assert "report " in capsys.readouterr().out
+    assert reproduce._main(["report", "--dry-run", f"output_dir={tmp_path}"]) == 0
+    said = capsys.readouterr().out
+    assert f"would write {tmp_path}/report.html" in said
+    assert "experiments/table1/tiny-docs-laptop" in said
+    assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="is made alone"):
         reproduce._main(["table1", "report"])
     assert reproduce._main(["report", f"output_dir={tmp_path}"]) == 0

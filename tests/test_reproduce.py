@@ -43,6 +43,9 @@ def two_models(home):
 
 def test_a_run_writes_table_figures_and_records(two_models):
     assert {"table.md", "table.csv", "figure4.png", "loss.png", "verdicts.md", "records"} <= set(os.listdir(two_models))
+    assert (two_models / "command.txt").read_text() == (
+        "./reproduce.sh table1 'models=[llama,flowhn_fac]' budget=4096 val_points=1 val_rows=4 eval.limit=8\n"
+    )
     table = (two_models / "table.md").read_text()
     assert "FlowHN FAC_Split" in table
     assert "Llama" in table
@@ -77,6 +80,19 @@ def test_a_finished_run_is_not_repeated_and_leaves_no_optimiser_state(two_models
 def test_another_selection_keeps_the_other_rows(two_models, home):
     assert main("table1", "model=llama", *SMALL, *home) == 0
     assert "FAC_Split" in (two_models / "table.md").read_text()
+    assert "models=" not in (two_models / "command.txt").read_text(), "one model would not make this table"
+
+
+def test_keep_copies_the_result_and_loses_no_record(two_models, home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["table1", "models=[llama]", *SMALL, *home, "--keep"]
+    assert main(*words) == 0
+    kept = tmp_path / "experiments" / "table1" / two_models.name
+    assert sorted(path.name for path in (kept / "records").iterdir()) == ["flowhn_fac-s0.json", "llama-s0.json"]
+    (kept / "records" / "shm-s0.json").write_text("{}")
+    with pytest.raises(UserError, match=r"--keep would delete 1 of 3 records.*shm-s0"):
+        main(*words)
+    assert (kept / "records" / "shm-s0.json").is_file()
 
 
 def test_evaluate_a_finished_run(two_models, home, capsys):

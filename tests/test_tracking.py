@@ -14,7 +14,8 @@ import pytest
 
 from flowhn.config import compose
 from flowhn.errors import UserError
-from flowhn.run_tracking import is_offline, logger_options
+from flowhn.run_tracking import check_tracking, is_offline, is_tracked, logger_options
+from flowhn.run_training import _loggers
 from flowhn.runs import plan
 
 pytest.importorskip("wandb", reason="wandb is not installed (pip install 'flowhn[wandb]')")
@@ -48,7 +49,7 @@ def sent(path: Path) -> dict:
     """A .wandb file's run, config, history rows, final summary and artifacts."""
     from wandb.proto import wandb_internal_pb2
 
-    found: dict = {"history": [], "summary": {}, "artifacts": {}, "config": {}}
+    found: dict = {"history": [], "summary": {}, "artifacts": {}, "config": {}, "exit_code": None}
     for payload in payloads(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(payload)
@@ -66,23 +67,57 @@ def sent(path: Path) -> dict:
         elif kind == "artifact":
             names = [entry.path for entry in record.artifact.manifest.contents]
             found["artifacts"][record.artifact.name] = (record.artifact.type, names)
-        found["ended"] = found.get("ended", False) or kind == "exit"
+        elif kind == "exit":
+            found["exit_code"] = record.exit.exit_code
     return found
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory):
-    """Two models of Table 1 with logger=wandb and no key, in a process of their own: wandb changes its process."""
+def calls(tmp_path_factory):
+    """With logger=wandb and no key: two models of Table 1, a model that dies in its evaluation, a timed artefact.
+
+    In a process of their own: wandb changes its process.
+    """
     folder = tmp_path_factory.mktemp("wandb")
     env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     env |= {"WANDB_BASE_URL": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1"}  # nobody listens there
-    words = ["table1", "models=[llama,flowhn_fac]", *_WORDS, "logger=wandb"]
-    words += [f"output_dir={folder}", f"cache_dir={folder}/cache"]
+    words = [*_WORDS, "logger=wandb", f"cache_dir={folder}/cache"]
+    calls = [
+        ["table1", "models=[llama,flowhn_fac]", *words, f"output_dir={folder}/trained"],
+        ["figure4", "budget=smoke", "models=[llama]", "logger=wandb", f"output_dir={folder}/timed"],
+        ["table1", "models=[shm]", *words, f"output_dir={folder}/failed"],
+    ]
+    (folder / "calls.json").write_text(json.dumps(calls))
     done = subprocess.run(
-        [sys.executable, "-m", "flowhn.reproduce", *words], env=env, capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", _CALLS, str(folder / "calls.json")], env=env, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
-    return {path.stem.removeprefix("run-"): sent(path) for path in folder.rglob("*.wandb")}, done, folder
+    return done, folder
+
+
+_CALLS = """
+import json, sys
+from pathlib import Path
+from flowhn import experiment, reproduce
+trained, timed, failed = json.loads(Path(sys.argv[1]).read_text())
+assert reproduce._main(trained) == 0
+assert reproduce._main(timed) == 0
+def die(*args, **options):
+    raise ZeroDivisionError("a fault")
+experiment.Workshop._evaluate = die
+assert reproduce._main(failed) == 2
+"""
+
+
+@pytest.fixture(scope="module")
+def tracked(calls):
+    """What the two trained models and their table sent."""
+    done, folder = calls
+    return runs_of(folder / "trained"), done, folder / "trained"
+
+
+def runs_of(folder: Path) -> dict[str, dict]:
+    return {path.stem.removeprefix("run-"): sent(path) for path in folder.rglob("*.wandb")}
 
 
 def test_each_run_is_its_own_and_in_the_artefacts_group(tracked):
@@ -92,8 +127,8 @@ def test_each_run_is_its_own_and_in_the_artefacts_group(tracked):
     assert {run["run"].project for run in runs.values()} == {"flowhn"}
     kinds = sorted((run["run"].job_type, run["run"].display_name.split("-")[0]) for run in runs.values())
     assert kinds == [("artefact", "table1"), ("train", "flowhn_fac"), ("train", "llama")]
-    assert all(run["ended"] for run in runs.values())
-    assert (done.stdout + done.stderr).count("W&B, offline: wandb sync ") == 3
+    assert {run["exit_code"] for run in runs.values()} == {0}
+    assert (done.stdout + done.stderr).count("W&B, offline: wandb sync ") == 5
 
 
 def test_a_run_sends_curves_config_figures_and_its_record(tracked):
@@ -120,6 +155,38 @@ def test_the_artefact_sends_tables_figures_and_its_folder(tracked):
     kind, names = run["artifacts"]["table1-tiny-random-2048"]
     assert kind == "artefact"
     assert {"table.md", "table.csv", "figure4.png", "loss.png", "records/llama-s0.json"} <= set(names)
+
+
+def test_a_timed_artefact_sends_its_table_figure_and_records(calls):
+    (run,) = runs_of(calls[1] / "timed").values()
+    assert (run["run"].job_type, run["run"].run_group, run["exit_code"]) == ("artefact", "figure4", 0)
+    logged = {key: value for row in run["history"] for key, value in row.items()}
+    assert logged["tables/table/nrows"] == 1
+    assert logged["figures/figure4/_type"] == "image-file"
+    kind, names = run["artifacts"]["figure4-smoke"]
+    assert kind == "artefact"
+    assert {"table.md", "command.txt"} < set(names)
+    assert any(name.startswith("records/llama-tiny-") for name in names)
+
+
+def test_a_run_that_dies_is_told_as_failed(calls):
+    done, folder = calls
+    (run,) = runs_of(folder / "failed").values()
+    assert run["run"].job_type == "train"
+    assert run["exit_code"] == 1
+    assert not run["artifacts"], "there is no record to send"
+    assert "error: shm has no record: ZeroDivisionError: a fault (traceback: " in done.stderr
+
+
+def test_disabled_by_the_environment_nothing_is_tracked(monkeypatch):
+    run = plan(compose("train", ["logger=wandb"]))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert is_tracked(run.config)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert not is_tracked(run.config)
+    assert [type(logger).__name__ for logger in _loggers(run)] == ["CSVLogger"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_tracking(run.config)  # nor is the package needed
 
 
 def test_offline_unless_there_is_a_key(monkeypatch):

@@ -1,0 +1,201 @@
+"""What holds for every artefact: budgets, cells by size, commands that can be given again, failures that do not spread."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from flowhn import bench, reproduce
+from flowhn.artefacts import artefact_files, load_artefact, plan_cells
+from flowhn.config import compose, to_dict
+from flowhn.errors import UserError
+from flowhn.kept import keep_folder
+from flowhn.run_cells import LOG_NAME, run_missing
+from flowhn.runs import count_parameters
+from flowhn.timed_artefacts import bench_words
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMED = [name for name in artefact_files() if load_artefact(name).bench is not None]
+TRAINED = [name for name in artefact_files() if name not in TIMED]
+COMMANDS = sorted((ROOT / "experiments").glob("*/*/command.txt"))
+
+
+# --- budgets and cells
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("budget", ["smoke", "gpu"])
+def test_every_trained_artefact_has_a_smoke_and_a_gpu_budget(name, budget):
+    cell = next(iter(load_artefact(name).cells))
+    plan = plan_cells(load_artefact(name), [f"budget={budget}", f"models=[{cell}]"])
+    config = next(iter(plan.wanted.values())).config
+    assert plan.budget == budget
+    assert config["choices"]["size"] == {"smoke": "tiny", "gpu": "135m"}[budget]
+    assert config["choices"]["data"] == {"smoke": "docs", "gpu": "slimpajama"}[budget]
+    assert config["tokens"] == 30_000_000 if budget == "gpu" else config["tokens"] <= 10_000
+
+
+def test_ci_runs_every_artefact():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert "artefacts=$(basename -s .yaml configs/artefacts/*.yaml)" in text
+    assert "./reproduce.sh $artefacts budget=smoke" in text
+
+
+def test_cells_fit_the_size_that_is_asked_for_whatever_the_budget_is_called():
+    def window(*words):
+        (run,) = plan_cells(
+            load_artefact("ablation_split"), ["models=[fac_window]", "seeds=[0]", *words]
+        ).wanted.values()
+        return run.config["seq_len"] / run.config["model"]["blocks"]["parallel"]["split"]["window"]
+
+    assert window() == window("size=135m", "budget=30M") == window("budget=gpu") == window("size=1b") == 4
+    wanted = plan_cells(load_artefact("ablation_depth"), ["size=135m", "budget=1M", "seeds=[0]"]).wanted
+    counts = [count_parameters(run.config) for run in wanted.values()]
+    assert max(counts) < 1.01 * min(counts)
+    assert min(counts) > 130e6
+
+
+@pytest.mark.parametrize("size", ["tiny", "135m", "350m", "1b"])
+def test_thin_blocks_have_as_many_parameters(size):
+    wanted = plan_cells(load_artefact("beyond"), [f"size={size}", "models=[flowhn_fac,fac_thin]", "seeds=[0]"]).wanted
+    plain, thin = (count_parameters(run.config) for run in wanted.values())
+    assert thin == pytest.approx(plain, rel=0.01)
+
+
+def test_a_size_without_numbers_for_a_cell_is_refused():
+    with pytest.raises(
+        UserError, match="size=350m: the cell depth_2 of ablation_depth has numbers for tiny, 135m only"
+    ):
+        plan_cells(load_artefact("ablation_depth"), ["size=350m"])
+
+
+# --- commands
+
+
+def test_every_committed_table_says_what_made_it():
+    tables = {path.parent for path in (ROOT / "experiments").glob("*/*/table.md")}
+    assert tables == {path.parent for path in COMMANDS}
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: "/".join(path.parts[-3:-1]))
+def test_a_committed_command_plans(path):
+    """With placeholders (TEXT, VALID, EVAL) the plan reads no file either."""
+    (line,) = path.read_text().splitlines()
+    program, *words = shlex.split(line)
+    if program == "flowhn-bench":
+        assert list(bench.plan(to_dict(compose("bench", words))))
+        return
+    assert program == "./reproduce.sh"
+    args = reproduce._parse(words)
+    (name,) = args.artefacts
+    assert name == path.parts[-3]
+    artefact = load_artefact(name)
+    if artefact.bench is not None:
+        assert list(bench.plan(to_dict(compose("bench", bench_words(artefact, args.overrides)[1]))))
+    else:
+        assert plan_cells(artefact, args.overrides).wanted
+
+
+@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize("word", ["data=docs", "split=fac", "trainer=cpu", "eval=none"])
+def test_a_choice_that_a_benchmark_lacks_is_one_sentence(name, word):
+    group = word.partition("=")[0]
+    for flags in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match=f"{group}= cannot be chosen here: configs/bench.yaml chooses bench only"):
+            reproduce._main([name, word, *flags])
+
+
+@pytest.mark.parametrize("name", TIMED)
+def test_a_timed_artefact_takes_a_logger(name, capsys):
+    assert reproduce._main([name, "logger=wandb", "--dry-run"]) == 0
+    assert "logger" not in capsys.readouterr().out
+
+
+# --- failures
+
+
+def test_an_artefact_that_fails_does_not_stop_the_next(monkeypatch, tmp_path, capsys):
+    made = []
+
+    def make(artefact, args):
+        made.append(artefact.name)
+        if artefact.name == "figure4":
+            raise UserError("no such thing")
+        if artefact.name == "branches":
+            raise KeyError("a fault")
+        return 2 if artefact.name == "beyond" else 0
+
+    monkeypatch.setattr(reproduce, "_make", make)
+    names = ["figure4", "branches", "beyond", "table1"]
+    assert reproduce._main([*names, f"output_dir={tmp_path}"]) == 2
+    assert made == names
+    err = capsys.readouterr().err
+    assert "error: figure4: no such thing" in err
+    assert "error: beyond: some cells have no record" in err
+    log = tmp_path / "branches" / LOG_NAME
+    assert f"error: branches: KeyError: 'a fault' (traceback: {log})" in err
+    assert "Traceback" in log.read_text()
+    assert "table1" not in err
+    with pytest.raises(KeyError):
+        reproduce._main([*names, "debug=true"])
+
+
+def test_a_cell_that_dies_is_listed_with_its_log_and_the_others_go_on(monkeypatch, tmp_path):
+    words = ["models=[llama,shm,jamba]", "seeds=[0]", "data=random", "eval=none", f"output_dir={tmp_path}"]
+    plan = plan_cells(load_artefact("table1"), words).wanted
+    done = []
+
+    def run(self, run, watch, say):
+        done.append(run.config["cell"])
+        if run.config["cell"] == "llama":
+            raise ZeroDivisionError("a fault")
+        if run.config["cell"] == "jamba":
+            raise UserError("size.n_heads is wrong")
+        return None
+
+    monkeypatch.setattr("flowhn.experiment.Workshop.prepare", lambda *a, **k: None)
+    monkeypatch.setattr("flowhn.experiment.Workshop.run", run)
+    monkeypatch.setattr("flowhn.experiment.summary", lambda record: "done")
+    failed = run_missing("T", plan)
+    assert done == ["llama", "jamba", "shm"]
+    assert list(failed) == ["llama seed 0", "jamba seed 0"]
+    log = plan["llama seed 0"].folder / LOG_NAME
+    assert failed["llama seed 0"] == f"ZeroDivisionError: a fault (traceback: {log})"
+    assert 'raise ZeroDivisionError("a fault")' in log.read_text()
+    assert failed["jamba seed 0"] == "size.n_heads is wrong"
+    debugged = plan_cells(load_artefact("table1"), [*words, "debug=true"]).wanted
+    with pytest.raises(ZeroDivisionError):
+        run_missing("T", debugged)
+
+
+# --- --keep
+
+
+def folder_of(path: Path, *names: str) -> Path:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(path.name)
+    return path
+
+
+def test_keep_refuses_to_delete_records(tmp_path):
+    kept = folder_of(tmp_path / "old", "table.md", *(f"records/{n}-s0.json" for n in range(10)))
+    new = folder_of(tmp_path / "new", "table.md", "records/0-s0.json")
+    with pytest.raises(UserError, match=r"would delete 9 of 10 records.*records/1-s0\.json") as error:
+        keep_folder(new, kept)
+    assert "models=" in str(error.value)
+    assert {path.read_text() for path in kept.rglob("*") if path.is_file()} == {"old"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+def test_keep_replaces_a_folder_whose_records_are_all_there(tmp_path):
+    kept = folder_of(tmp_path / "old", "table.md", "loss.png", "records/a-s0.json")
+    new = folder_of(tmp_path / "new", "table.md", "records/a-s0.json", "records/b-s0.json")
+    keep_folder(new, kept)
+    files = {path.relative_to(kept).as_posix(): path.read_text() for path in kept.rglob("*") if path.is_file()}
+    assert files == dict.fromkeys(["table.md", "records/a-s0.json", "records/b-s0.json"], "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+    keep_folder(new, tmp_path / "fresh" / "x")
+    assert (tmp_path / "fresh" / "x" / "table.md").is_file()
