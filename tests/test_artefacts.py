@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flowhn import bench, reproduce
-from flowhn.artefacts import artefact_files, load_artefact, plan_cells
+from flowhn.artefacts import Artefact, artefact_files, load_artefact, plan_cells
 from flowhn.config import compose, to_dict
 from flowhn.errors import UserError
 from flowhn.kept import keep_folder
@@ -22,14 +23,19 @@ TRAINED = [name for name in artefact_files() if name not in TIMED]
 COMMANDS = sorted((ROOT / "experiments").glob("*/*/command.txt"))
 
 
+def with_cells(name: str, *cells: str) -> Artefact:
+    """An artefact with some of its cells (none named: the first), because every composed cell takes a second."""
+    artefact = load_artefact(name)
+    return replace(artefact, cells={cell: artefact.cells[cell] for cell in cells or list(artefact.cells)[:1]})
+
+
 # --- budgets and cells
 
 
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.parametrize("budget", ["smoke", "gpu"])
 def test_every_trained_artefact_has_a_smoke_and_a_gpu_budget(name, budget):
-    cell = next(iter(load_artefact(name).cells))
-    plan = plan_cells(load_artefact(name), [f"budget={budget}", f"models=[{cell}]"])
+    plan = plan_cells(with_cells(name), [f"budget={budget}"])
     config = next(iter(plan.wanted.values())).config
     assert plan.budget == budget
     assert config["choices"]["size"] == {"smoke": "tiny", "gpu": "135m"}[budget]
@@ -45,21 +51,19 @@ def test_ci_runs_every_artefact():
 
 def test_cells_fit_the_size_that_is_asked_for_whatever_the_budget_is_called():
     def window(*words):
-        (run,) = plan_cells(
-            load_artefact("ablation_split"), ["models=[fac_window]", "seeds=[0]", *words]
-        ).wanted.values()
+        (run,) = plan_cells(with_cells("ablation_split", "fac_window"), ["seeds=[0]", *words]).wanted.values()
         return run.config["seq_len"] / run.config["model"]["blocks"]["parallel"]["split"]["window"]
 
-    assert window() == window("size=135m", "budget=30M") == window("budget=gpu") == window("size=1b") == 4
+    assert window() == window("size=135m", "budget=30M") == window("budget=gpu") == 4
     wanted = plan_cells(load_artefact("ablation_depth"), ["size=135m", "budget=1M", "seeds=[0]"]).wanted
     counts = [count_parameters(run.config) for run in wanted.values()]
     assert max(counts) < 1.01 * min(counts)
     assert min(counts) > 130e6
 
 
-@pytest.mark.parametrize("size", ["tiny", "135m", "350m", "1b"])
+@pytest.mark.parametrize("size", ["tiny", "135m", "350m", pytest.param("1b", marks=pytest.mark.slow)])
 def test_thin_blocks_have_as_many_parameters(size):
-    wanted = plan_cells(load_artefact("beyond"), [f"size={size}", "models=[flowhn_fac,fac_thin]", "seeds=[0]"]).wanted
+    wanted = plan_cells(with_cells("beyond", "flowhn_fac", "fac_thin"), [f"size={size}", "seeds=[0]", "lr=1e-3"]).wanted
     plain, thin = (count_parameters(run.config) for run in wanted.values())
     assert thin == pytest.approx(plain, rel=0.01)
 
@@ -93,13 +97,14 @@ def test_a_committed_command_plans(path):
     assert name == path.parts[-3]
     artefact = load_artefact(name)
     if artefact.bench is not None:
-        assert list(bench.plan(to_dict(compose("bench", bench_words(artefact, args.overrides)[1]))))
+        words = bench_words(artefact, [*args.overrides, "models=[flowhn_fac]"])[1]
+        assert list(bench.plan(to_dict(compose("bench", words))))
     else:
-        assert plan_cells(artefact, args.overrides).wanted
+        assert plan_cells(with_cells(name), args.overrides).wanted
 
 
 @pytest.mark.parametrize("name", TIMED)
-@pytest.mark.parametrize("word", ["data=docs", "split=fac", "trainer=cpu", "eval=none"])
+@pytest.mark.parametrize("word", ["data=docs", "trainer=cpu"])
 def test_a_choice_that_a_benchmark_lacks_is_one_sentence(name, word):
     group = word.partition("=")[0]
     for flags in ([], ["--dry-run"]):
@@ -139,12 +144,13 @@ def test_an_artefact_that_fails_does_not_stop_the_next(monkeypatch, tmp_path, ca
     assert "Traceback" in log.read_text()
     assert "table1" not in err
     with pytest.raises(KeyError):
-        reproduce._main([*names, "debug=true"])
+        reproduce._main([*names[1:], "debug=true"])
 
 
 def test_a_cell_that_dies_is_listed_with_its_log_and_the_others_go_on(monkeypatch, tmp_path):
-    words = ["models=[llama,shm,jamba]", "seeds=[0]", "data=random", "eval=none", f"output_dir={tmp_path}"]
-    plan = plan_cells(load_artefact("table1"), words).wanted
+    artefact = with_cells("table1", "llama", "jamba", "shm")
+    words = ["seeds=[0]", "data=random", "eval=none", f"output_dir={tmp_path}"]
+    plan = plan_cells(artefact, words).wanted
     done = []
 
     def run(self, run, watch, say):
@@ -165,7 +171,7 @@ def test_a_cell_that_dies_is_listed_with_its_log_and_the_others_go_on(monkeypatc
     assert failed["llama seed 0"] == f"ZeroDivisionError: a fault (traceback: {log})"
     assert 'raise ZeroDivisionError("a fault")' in log.read_text()
     assert failed["jamba seed 0"] == "size.n_heads is wrong"
-    debugged = plan_cells(load_artefact("table1"), [*words, "debug=true"]).wanted
+    debugged = plan_cells(with_cells("table1", "llama"), [*words, "debug=true"]).wanted
     with pytest.raises(ZeroDivisionError):
         run_missing("T", debugged)
 

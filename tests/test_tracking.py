@@ -15,7 +15,6 @@ import pytest
 from flowhn.config import compose
 from flowhn.errors import UserError
 from flowhn.run_tracking import check_tracking, is_offline, is_tracked, logger_options
-from flowhn.run_training import _loggers
 from flowhn.runs import plan
 
 pytest.importorskip("wandb", reason="wandb is not installed (pip install 'flowhn[wandb]')")
@@ -179,6 +178,8 @@ def test_a_run_that_dies_is_told_as_failed(calls):
 
 
 def test_disabled_by_the_environment_nothing_is_tracked(monkeypatch):
+    from flowhn.run_training import _loggers
+
     run = plan(compose("train", ["logger=wandb"]))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert is_tracked(run.config)
