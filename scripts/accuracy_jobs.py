@@ -22,6 +22,7 @@ SPEED = {
 }
 FAC_SPEED = 900e3  # of all other FlowHN rows
 COMPILE_SECONDS, EVAL_SECONDS, LONG_SECONDS = 10.0, 18.0, 60.0  # the first two measured in the first session
+COMMITTED = Path(__file__).resolve().parents[1] / "experiments" / "table1_lr"  # learning rates of earlier sessions
 LONGEST_FIRST = (
     "hymba",
     "mamba1",
@@ -44,12 +45,13 @@ VARIANTS = (
     "fac_keys_rope_cross",
     "fac_ratio",
 )
+PROBES = ("flowhn_2.5e-4", "flowhn_no_5e-4", "flowhn_no_1e-3")  # rates of table1_lr that only kinds=probe plans
 LONG_MODELS = ("flowhn_fac", "flowhn_no", "llama", "mamba2", "shm")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the plan: a cell of an artefact with its seed; ``kind`` is lr, table, seed, variant or long."""
+    """One row of the plan: a cell of an artefact with its seed; ``kind`` is lr, probe, table, seed, variant or long."""
 
     kind: str
     artefact: str
@@ -61,14 +63,19 @@ class Job:
     def name(self) -> str:
         return f"{self.kind}-{self.cell}-s{self.seed}"
 
+    @property
+    def is_rate(self) -> bool:
+        """Whether it tries a learning rate: short, without evaluation, before all others."""
+        return self.kind in ("lr", "probe")
+
     def seconds(self) -> float:
         """How long the plan expects it to take."""
         if self.kind == "long":
             return LONG_SECONDS
         model = {"flowhn": "flowhn_fac", "hybrid": "shm", "mamba": "mamba2"}.get(self.cell.split("_")[0], self.cell)
-        model = self.cell if self.cell in SPEED else model
+        model = self.cell if self.cell in SPEED else "flowhn_no" if self.cell.startswith("flowhn_no") else model
         training = self.tokens / SPEED.get(model, FAC_SPEED)
-        return training + COMPILE_SECONDS + (0 if self.kind == "lr" else EVAL_SECONDS)
+        return training + COMPILE_SECONDS + (0 if self.is_rate else EVAL_SECONDS)
 
 
 def plan_jobs(tokens: int, lr_tokens: int, kinds: str, *, extra: Sequence[str] = (), long_seed: int = 0) -> list[Job]:
@@ -82,7 +89,8 @@ def plan_jobs(tokens: int, lr_tokens: int, kinds: str, *, extra: Sequence[str] =
     """
     from flowhn.artefacts import load_artefact
 
-    jobs = [Job("lr", "table1_lr", cell, 0, lr_tokens) for cell in load_artefact("table1_lr").cells]
+    rates = load_artefact("table1_lr").cells
+    jobs = [Job("probe" if cell in PROBES else "lr", "table1_lr", cell, 0, lr_tokens) for cell in rates]
     jobs += [Job("table", "table1", cell, 0, tokens) for cell in LONGEST_FIRST]
     jobs += [Job("seed", "table1", cell, 1, tokens) for cell in ("flowhn_no", "flowhn_fac", "shm")]
     jobs += [Job("seed", "table1", cell, int(seed), tokens) for cell, _, seed in (one.partition(":") for one in extra)]
@@ -121,7 +129,7 @@ class Session:
         words = [f"size={self.args.size}", f"budget={job.tokens}", "data=files", f"data.path={self.args.data}"]
         words += [f"data.val_path={self.args.valid}", f"output_dir={self.work}", f"cache_dir={self.work / 'cache'}"]
         words += ["logger=none", f"seed={job.seed}", *self.args.override]
-        if job.kind != "lr":
+        if not job.is_rate:
             words += [f"eval={self.args.eval}", "val_points=10"]
             if self.args.eval == "paper":
                 words += [f"eval.data_dir={self.args.eval_dir}"]
@@ -133,11 +141,20 @@ class Session:
         return plan(compose("train", last_wins([*artefact.overrides, *own, *words, *names])))
 
     def lr_records(self) -> list[Any]:
+        """This session's, and where it has some, the committed ones of the same data, size and tokens."""
         from flowhn.reporting.record import find_records
 
-        return [
-            record for record in find_records(self.work / "runs", skip_broken=True) if record.artefact == "table1_lr"
-        ]
+        runs = find_records(self.work / "runs", skip_broken=True)
+        own = [record for record in runs if record.artefact == "table1_lr"]
+        if not own:
+            return []
+
+        def kind(record: Any) -> tuple[Any, ...]:
+            return record.size, record.tokens, record.data.get("sha256")
+
+        cells = {record.cell for record in own}
+        kept = find_records(COMMITTED)
+        return own + [record for record in kept if record.cell not in cells and kind(record) == kind(own[0])]
 
     def rate(self, job: Job) -> float | None:
         from flowhn.artefacts import load_artefact
@@ -145,11 +162,15 @@ class Session:
 
         if not self._tuned:
             self._tuned = chosen_rates(self.lr_records())
+        own = job.cell if job.cell == "flowhn_no" else ""  # where it was tried itself
         model = "flowhn" if job.cell.startswith(("flowhn", "fac")) else job.cell
         committed = load_artefact(job.artefact).lr.get(self.args.size, {})  # of an earlier session
         if job.tokens > committed.get("max_tokens", 0):
             committed = {}
-        return self._tuned.get(model, committed.get(model))
+        for rates in (self._tuned, committed):
+            if model in rates:
+                return rates.get(own, rates[model])
+        return None
 
     def finished(self, job: Job) -> bool:
         return (self.claims / f"{job.name}.done").exists()
@@ -169,7 +190,7 @@ class Session:
         if job.kind == "long":
             trained = [other for other in self.jobs if other.kind in ("table", "seed") and other.cell == job.cell]
             return all(self.finished(other) for other in trained if other.seed == job.seed)
-        return job.kind == "lr" or all(self.finished(other) for other in self.jobs if other.kind == "lr")
+        return job.is_rate or all(self.finished(other) for other in self.jobs if other.is_rate)
 
     def claim(self, job: Job) -> bool:
         try:

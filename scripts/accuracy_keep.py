@@ -66,7 +66,9 @@ def keep(args: argparse.Namespace) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         sys.stdout.write(f"long_context: {len(results)} results\n")
-        tried = [record for record in records if record.artefact == "table1_lr"]
+        tried = []
+        if any(record.artefact == "table1_lr" for record in records):  # with those of earlier sessions
+            tried = find_records(Path(args.into) / "table1_lr" / args.setting / "records")
     if tried and args.rates:
         write_rates(Path(args.rates), tried)
 
@@ -81,7 +83,7 @@ def write_rates(path: Path, records: list[Any]) -> None:
         raise SystemExit(f"{path} has no line lr:")
     rates = yaml.safe_load(line[0])["lr"] or {}
     chosen = chosen_rates(records)
-    order = ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn")
+    order = ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn", "flowhn_no")
     rates[records[0].size] = {"max_tokens": MAX_TOKENS, **{model: chosen[model] for model in order if model in chosen}}
     told = ", ".join(
         f"{size}: {{{', '.join(f'{k}: {_plain(v)}' for k, v in own.items())}}}" for size, own in rates.items()

@@ -53,9 +53,10 @@ if [ ! -f "$work/daemon.pid" ]; then
   export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True   # runs of different shapes follow each other in one process
   export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton HF_HOME="$work/hf"
   # shellcheck disable=SC2086
-  (cd "$work/code" && setsid nohup "$python" scripts/accuracy_session.py daemon --work "$work" --begun "$begun" \
+  # Braces, not a background list: its shell would hold this call's output open until the daemon ends.
+  (cd "$work/code" && { setsid nohup "$python" scripts/accuracy_session.py daemon --work "$work" --begun "$begun" \
     --seconds "${SECONDS_ALL:-800}" --gpus "${GPUS:-2}" --data "$work/data/text" --valid "$work/data/valid.txt.xz" \
-    --eval-dir "$work/data/eval" --long-override "eval.limit=${LONG_QUESTIONS:-25}" ${SESSION_WORDS:-} >"$work/daemon.log" 2>&1 </dev/null & echo $! >"$work/daemon.pid")
+    --eval-dir "$work/data/eval" --long-override "eval.limit=${LONG_QUESTIONS:-25}" ${SESSION_WORDS:-} >"$work/daemon.log" 2>&1 </dev/null & echo $! >"$work/daemon.pid"; })
 fi
 
 while [ ! -f "$work/finished" ] && [ $(($(date +%s) - begun)) -lt "${WAIT:-570}" ]; do

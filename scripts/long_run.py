@@ -5,7 +5,7 @@ training steps; memory of repeated evaluation.
     python scripts/long_run.py --out FILE.json --corpus-bytes 4e6 --steps 300       a minute
 
 Memory is that of a process with its children, mapped files included. Slopes are least squares over the samples after the
-first fifth, with their standard error.
+first fifth, with their standard error. The exit code is 1 where a figure is over its limit (scripts/long_run_limits.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 from long_run_data import Watch, data_preparation, disk_bytes
+from long_run_limits import failures
 
 WARM = 0.2  # share of the samples before memory is called settled
 SIZES = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -113,6 +114,7 @@ def _logs(run: Path, told: str, peak: int, folder: Path, output: Path, steps: in
     metrics = run / "metrics.csv"
     lines = metrics.read_text(encoding="utf-8").count("\n")
     running, after = _announced(told)
+    cache = re.search(r"prepared data .*?: ([\d.,]+) (GB|MB|kB|B) while it is made, ([\d.,]+) (GB|MB|kB|B) after", told)
     return {
         "steps": steps,
         "metrics_csv_bytes": metrics.stat().st_size,
@@ -120,7 +122,7 @@ def _logs(run: Path, told: str, peak: int, folder: Path, output: Path, steps: in
         "terminal_output_bytes": output.stat().st_size,
         "dry_run_disk_while_running_bytes": running,
         "dry_run_disk_after_bytes": after,
-        "dry_run_names_data_cache": "data cache" in told or "prepared data" in told,
+        "dry_run_data_cache_bytes": cache and float(cache[3].replace(",", "")) * SIZES[cache[4]],
         "written_at_most_bytes": peak,
         "run_folder_bytes": disk_bytes(run),
         "files_bytes": {path.name: path.stat().st_size for path in sorted(run.iterdir()) if path.is_file()},
@@ -225,12 +227,16 @@ def main(argv: list[str] | None = None) -> int:
             out |= measure(part, Path(name), args)
             out[part]["load_average_before_and_after"] = [begun, os.getloadavg()[0]]
         about = environment()
-        out |= {"commit": about["git"], "versions": about["versions"]}
+        commits = {name: commit for name, commit in (out.get("commit") or {}).items() if name in PARTS}
+        out |= {"commit": commits | {part: about["git"]["commit"]}, "versions": about["versions"]}
         out["machine"] = {"cpu": cpu_name(), "cores": os.cpu_count(), "memory_bytes": psutil.virtual_memory().total}
+        out["failures"] = failures(out)
         temporary = args.out.with_suffix(".new")
         temporary.write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, args.out)
-    return 0
+    for failure in out["failures"]:
+        sys.stderr.write(f"failed: {failure}\n")
+    return 1 if out["failures"] else 0
 
 
 if __name__ == "__main__":

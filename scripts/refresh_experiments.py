@@ -21,6 +21,9 @@ from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
 from flowhn.reporting.branches import find_measurements, write_branches
 from flowhn.reporting.long_context import write_long_context
 from flowhn.reporting.record import find_records
+from flowhn.reporting.routing import reach_table
+from flowhn.reporting.speeds import day_spreads
+from flowhn.reporting.style import in_order
 from flowhn.reporting.summary import accuracy_block
 from flowhn.reporting.tables import table1
 
@@ -136,7 +139,7 @@ def redraw(source: Path, target: Path) -> None:
         shutil.copyfile(source / "overlap.json", target / "overlap.json")
     write_artefact(
         records, target, title=artefact["title"], figures=artefact["figures"], expected=cells,
-        tables=artefact.get("tables", ["verdicts"]), gap=artefact.get("gap"),
+        tables=artefact.get("tables", ["verdicts"]), gap=artefact.get("gap"), days=day_spreads(ROOT / "experiments"),
     )  # fmt: skip
     return None
 
@@ -180,6 +183,27 @@ def stale(source: Path) -> list[str]:
     return [name for name, content in fresh.items() if (source / name).read_bytes() != content]
 
 
+def seen_by_splits() -> pd.DataFrame | None:
+    """What a token of each FlowHN model of that section can have seen after its last block, from the routes of its own config."""
+    import torch
+
+    from flowhn.config import build_model
+    from flowhn.models.splits import BranchCost
+
+    routes = {}
+    for record in find_records(ROOT / "experiments" / "table1" / ACCURACY / "records"):
+        if record.model != "flowhn" or record.cell in routes:
+            continue
+        with torch.device("meta"):
+            blocks = build_model(record.config).layers
+        cost = BranchCost(blocks[0].attention.flops, blocks[0].ssm.flops)
+        routes[record.cell] = [blocks[0].split(record.seq_len, layer, cost) for layer in range(len(blocks))]
+    if not routes:
+        return None
+    frame = reach_table({cell: routes[cell] for cell in in_order(routes)})
+    return frame[frame["blocks"] == frame.groupby("cell")["blocks"].transform("max")]
+
+
 def readme() -> tuple[str, str]:
     """The README as it is and as it should be."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -187,7 +211,7 @@ def readme() -> tuple[str, str]:
     parts = (
         (BEGIN, END, block()),
         (ABLATIONS_BEGIN, ABLATIONS_END, ablations_block()),
-        (ACCURACY_BEGIN, ACCURACY_END, accuracy_block(ROOT / "experiments", ACCURACY, gap=gap)),
+        (ACCURACY_BEGIN, ACCURACY_END, accuracy_block(ROOT / "experiments", ACCURACY, gap=gap, seen=seen_by_splits())),
     )
     new = text
     for begin, end, content in parts:

@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import long_run_limits
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "docs" / "reliability"
 PAGE = ROOT / "docs" / "reliability.md"
@@ -174,13 +176,46 @@ def _cell(value: Any) -> Any:
 
 
 def long_run(result: Mapping[str, Any]) -> str:
-    text = ""
+    limits = [
+        [what, long_run_limits.number(measured), limit, holds]
+        for what, measured, limit, holds in long_run_limits.checks(result)
+    ]
+    text = "Memory is that of a process with its children, mapped files included.\n\n"
+    text += table(["figure", "measured", "limit", "holds"], limits) + "\n"
     for part, figures in result.items():
-        if isinstance(figures, Mapping):
-            title = part.replace("_", " ")
-            rows = [[name.replace("_", " "), shown(value)] for name, value in figures.items() if not _is_long(value)]
-            text += table([title, "measured"], rows) + "\n"
-    return text + rest(result, *(part for part, figures in result.items() if isinstance(figures, Mapping)))
+        if part == "data_preparation":
+            text += _preparation(figures)
+        elif isinstance(figures, Mapping) and part not in ("commit", "versions", "machine"):
+            rows = [
+                [name.removesuffix("_bytes").replace("_", " "), _figure(name, value)]
+                for name, value in figures.items()
+                if not _is_long(value)
+            ]
+            text += table([part.replace("_", " "), "measured"], rows) + "\n"
+    text += failures(long_run_limits.failures(result), "Failures (a figure over its limit): none.")
+    used = [part for part, figures in result.items() if isinstance(figures, Mapping)]
+    return text + rest(result, "failures", *(part for part in used if part not in ("commit", "versions", "machine")))
+
+
+def _preparation(part: Mapping[str, Any]) -> str:
+    about = (
+        f"Data preparation: {long_run_limits.size(part['corpus_bytes'])} of text in {part['corpus_files']} files (seed "
+        f"{part['seed']}), vocabulary {part['vocab_size']:,}, rows of {part['seq_len']:,} tokens."
+    )
+    text = f"{about}\n\n" + table(*long_run_limits.preparation_table(part)) + "\n"
+    loads = part.get("load_average_before_and_after")
+    if loads:
+        text += f"Load average before and after: {shown(loads)} (other work on the machine slows it).\n\n"
+    return text + table(*long_run_limits.kill_rows(part)) + "\n"
+
+
+def _figure(name: str, value: Any) -> str:
+    """Bytes with their unit; anything else as everywhere."""
+    if name.endswith("_bytes") and isinstance(value, int | float):
+        return long_run_limits.size(value)
+    if isinstance(value, Mapping) and name.endswith("_bytes"):
+        return ", ".join(f"{key} {long_run_limits.size(item)}" for key, item in value.items())
+    return shown(value)
 
 
 def _is_long(value: Any) -> bool:

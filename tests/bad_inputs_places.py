@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import random
 import resource
 import shlex
@@ -13,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from bad_inputs import Bad, Stage, kind, train_argv
 from bad_inputs_runs import BASE_OF_TABLE, damage
@@ -123,13 +126,31 @@ def _convert_argv(weights_file: Path, config_file: Path, place: Path) -> tuple[s
     return "published", str(weights_file), "--config", str(config_file), "--out", str(place / "converted")
 
 
+_INSIDE = ("holds itself", "not a number")
+
+
+def _change_inside(path: Path, how: str) -> None:
+    """A whole file of torch.save whose content cannot be weights."""
+    content = torch.load(path, weights_only=True)
+    if how == "holds itself":
+        content["state_dict"] = content
+    else:
+        next(iter(content.values())).flatten()[0] = math.nan
+    torch.save(content, path)
+
+
 @kind("published weights", 8)
 def published(stage: Stage, place: Path, rng: random.Random) -> Bad:
     shutil.copytree(stage.published, place / "in")
     weights_file, config_file = place / "in" / rng.choice(("w.pth", "w.safetensors")), place / "in" / "config.json"
-    how = rng.choice(("cut", "foreign", "pickled code", "torch file with code", "missing", "folder", "torch file"))
+    how = rng.choice(
+        ("cut", "foreign", "pickled code", "torch file with code", "missing", "folder", "torch file", *_INSIDE)
+    )
     hit = rng.choice((weights_file, weights_file, config_file, None))
-    if hit is not None:
+    if how in _INSIDE:
+        hit = weights_file = place / "in" / "w.pth"
+        _change_inside(weights_file, how)
+    elif hit is not None:
         damage(hit, rng, how)
     else:
         content = json.loads(config_file.read_text(encoding="utf-8"))

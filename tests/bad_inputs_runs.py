@@ -76,6 +76,10 @@ def weights(stage: Stage, place: Path, rng: random.Random) -> Bad:
         if how == "name more":
             tensors["extra.weight"] = torch.zeros(2)
         save_file(tensors, path)
+    if rng.random() < 0.5:  # a run without the hash of its weights: the other checks have to see it
+        content = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        del content["weights_sha256"]
+        (run / "config.json").write_text(json.dumps(content), encoding="utf-8")
     elif how == "header":
         data = path.read_bytes()
         path.write_bytes((2 ** rng.randrange(20, 63)).to_bytes(8, "little") + data[8:])
@@ -116,6 +120,30 @@ def config(stage: Stage, place: Path, rng: random.Random) -> Bad:
     command, argv = _use(run, place, stage, rng)
     must = how not in ("removed key", "wrong sizes")
     return Bad("config of a run", f"{how} at {command}", command, argv, ("config", "model", "run", "weights"), must)
+
+
+@kind("interpolation in a run's config", 1)
+def interpolation(stage: Stage, place: Path, rng: random.Random) -> Bad:
+    """Hydra would resolve it when it builds the model, after the targets were checked."""
+    run = _copied(stage, place)
+    path, evil = run / "config.json", run / "evil.pt"
+    torch.save(_Owned(), evil)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    code = f"${{oc.create:{{_target_:torch.load,f:'{evil}',weights_only:false}}}}"
+    text = rng.choice((code, f"\\\\{code}", "${oc.env:HOME}", "${.vocab_size}", "${nonsense", "${oc.decode:5}"))
+    where = rng.choice(("value", "key", "list", "block"))
+    tree = content["config"]["model"]
+    if where == "value":
+        tree[rng.choice(sorted(set(tree) - {"_target_", "_convert_"}))] = text
+    elif where == "block":
+        tree["blocks"] = text
+    else:
+        tree["extra"] = {text: 1} if where == "key" else [[text]]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    command, argv = _use(run, place, stage, rng)
+    return Bad(
+        "interpolation in a run's config", f"{where}: {text} at {command}", command, argv, ("interpolation",), True
+    )
 
 
 @kind("tokenizer of a run", 4)

@@ -18,7 +18,7 @@ from flowhn.reporting.ablation_tables import readable
 from flowhn.reporting.ablations import ABLATIONS, settings, write_ablation, write_overview
 from flowhn.reporting.bench import write_bench_record
 from flowhn.reporting.record import read_record, write_record
-from flowhn.runs import count_parameters
+from flowhn.runs import meta_model
 from flowhn.timed_artefacts import bench_words, count_cells
 
 TRAINED = [name for name in ABLATIONS if name.startswith("ablation_")]
@@ -44,6 +44,28 @@ def trained(home):
 def record(trained):
     (path,) = trained.glob("runs/fac-*/record.json")
     return read_record(path)
+
+
+def test_gpu_budgets_train_with_table1_s_rates_and_share_its_runs():
+    words = ["size=135m", "data=files", "data.path=TEXT", "data.val_path=VALID", "eval=paper", "val_points=10"]
+    table = plan_cells(
+        load_artefact("table1"), [*words, "budget=30M", "models=[flowhn_no,flowhn_fac]", "seeds=[0]"]
+    ).wanted
+    ids = {run.run_id for run in table.values()}
+    assert {run.config["lr"] for run in table.values()} == {load_artefact("table1").lr["135m"]["flowhn"]}
+    for name, cells in (("split", "no,fac"), ("ratio", "flops"), ("fusion", "no_concat_proj,fac_concat_proj")):
+        runs = plan_cells(
+            load_artefact(f"ablation_{name}"), [*words[1:], "budget=gpu", f"models=[{cells}]", "seeds=[0]"]
+        ).wanted
+        assert {run.run_id for run in runs.values()} <= ids
+
+
+def test_rates_are_taken_over_without_seeds():
+    table, split = load_artefact("table1"), load_artefact("ablation_split")
+    assert all(load_artefact(name).lr == table.lr for name in TRAINED)
+    assert table.seeds
+    assert not split.seeds
+    assert load_artefact("beyond").seeds == table.seeds
 
 
 def make(folder: Path, record, rows) -> Path:
@@ -91,7 +113,7 @@ def test_the_cells_of_an_ablation_are_different_runs_and_shared_ones_are_the_sam
 @pytest.mark.parametrize("budget", ["laptop", "gpu"])
 def test_depths_have_the_same_parameters(budget):
     wanted = plan_cells(load_artefact("ablation_depth"), [f"budget={budget}", "seeds=[0]"]).wanted
-    counts = [count_parameters(run.config) for run in wanted.values()]
+    counts = [meta_model(run.config).num_parameters() for run in wanted.values()]
     assert len(counts) == 5
     assert max(counts) < 1.01 * min(counts)
 
@@ -281,7 +303,7 @@ def test_scaling_size_shows_counts_and_what_was_timed_on_each_device(tmp_path):
     counts = count_cells("length", ["tiny"])
     assert {count["cell"] for count in counts} >= {"llama", "flowhn_fac"}
     fac = next(count for count in counts if count["cell"] == "flowhn_fac")
-    assert fac["parameters"] == count_parameters(to_dict(compose("train", ["data=random", "eval=none"])))
+    assert fac["parameters"] == meta_model(to_dict(compose("train", ["data=random", "eval=none"]))).num_parameters()
     (tmp_path / "counts.json").write_text(json.dumps([*counts, {**fac, "size": "1b", "parameters": 7 * 10**8}]))
     bench_record(tmp_path, "flowhn_fac", "tiny", 4000.0)
     bench_record(tmp_path, "llama", "tiny", 5000.0)

@@ -52,12 +52,56 @@ def test_the_plan_has_everything_once_and_what_matters_most_first():
     assert {job.cell for job in jobs if job.kind == "variant"} <= set(load_artefact("beyond").cells)
     assert {job.cell for job in jobs if job.kind == "seed"} == {"flowhn_no", "flowhn_fac", "shm"}
     assert {load_artefact("table1_lr").cells[job.cell][0] for job in jobs if job.kind == "lr"} == {
-        f"model={models[0]}" for models in FAMILIES.values()
+        f"model={models[0]}" for family, models in FAMILIES.items() if family != "flowhn_no"
     }
     table = [
         job.tokens / accuracy_jobs.SPEED.get(job.cell, accuracy_jobs.FAC_SPEED) for job in jobs if job.kind == "table"
     ]
     assert table == sorted(table, reverse=True)  # longest first, so that the GPUs end together
+
+
+def test_probes_of_flowhn_s_rate_are_planned_when_asked_for():
+    probes = accuracy_jobs.plan_jobs(30_000_000, 4_000_000, "probe,table")
+    names = [job.cell for job in probes if job.is_rate]
+    assert names == ["flowhn_2.5e-4", "flowhn_no_5e-4", "flowhn_no_1e-3"]
+    assert [job.cell for job in probes[:3]] == names  # before the table
+    cells = load_artefact("table1_lr").cells
+    assert set(names) <= set(cells)
+    assert not {job.cell for job in accuracy_jobs.plan_jobs(1, 1, accuracy_session.parse(["daemon"]).kinds)} & set(
+        names
+    )
+    assert max(job.seconds() for job in probes[:3]) < 20
+    planned = plan_cells(load_artefact("table1_lr"), ["size=tiny", "budget=4096", f"models=[{','.join(names)}]"]).wanted
+    assert {name: (run.config["lr"], run.config["choices"]["split"]) for name, run in planned.items()} == {
+        "flowhn_2.5e-4": (2.5e-4, "fac"), "flowhn_no_5e-4": (5e-4, "no"), "flowhn_no_1e-3": (1e-3, "no"),
+    }  # fmt: skip
+
+
+def test_no_split_s_own_rate_is_chosen_apart_and_the_earlier_records_count(tmp_path, monkeypatch):
+    kept = [tried("flowhn", 5e-4, 6.1936), tried("flowhn", 1e-3, 6.1942), tried("llama", 1e-3, 6.2)]
+    for record in kept:
+        write_record(tmp_path / "kept" / "s" / "records" / f"{record.cell}.json", record)
+    monkeypatch.setattr(accuracy_jobs, "COMMITTED", tmp_path / "kept")
+    session = accuracy_jobs.Session(options(tmp_path, kinds="probe,table", size="135m", tokens=30_000_000))
+    no = {"choices": {"split": "no"}}
+    fresh = [tried("flowhn", 2.5e-4, 6.4)]
+    fresh += [
+        replace(tried("flowhn", lr, loss), cell=f"flowhn_no_{lr:g}", config={"lr": lr, **no})
+        for lr, loss in ((5e-4, 6.0), (1e-3, 5.9))
+    ]
+    for record in fresh:
+        write_record(tmp_path / "runs" / record.cell / "record.json", record)
+    assert chosen_rates(session.lr_records()) == {"flowhn": 5e-4, "flowhn_no": 1e-3, "llama": 1e-3}
+    rates = {job.cell: session.rate(job) for job in session.jobs if job.kind == "table"}
+    assert (rates["flowhn_no"], rates["flowhn_ae"], rates["flowhn_fac"], rates["llama"]) == (1e-3, 5e-4, 5e-4, 1e-3)
+
+
+def test_a_split_s_own_rate_wins_over_its_model_s():
+    artefact = replace(
+        load_artefact("table1"), lr={"tiny": {"max_tokens": 100_000, "flowhn": 7e-3, "flowhn_no": 9e-3}}, seeds={}
+    )
+    runs = plan_cells(artefact, ["size=tiny", "budget=50000", "models=[flowhn_no,flowhn_fac]"]).wanted
+    assert {label: run.config["lr"] for label, run in runs.items()} == {"flowhn_no": 9e-3, "flowhn_fac": 7e-3}
 
 
 def test_a_job_is_the_run_that_reproduce_would_plan(session, tmp_path, monkeypatch):

@@ -63,6 +63,17 @@ def test_pth_checkpoint_and_prefixed_names_give_the_same_folder_as_safetensors(c
         "fsdp.pth": {k.replace(".atten.", ".atten._fsdp_wrapped_module."): v for k, v in weights.items()},
         "lightning.pth": {"state_dict": {f"model._orig_mod.{name}": tensor for name, tensor in weights.items()}},
         "nested.bin": {"step": 7, "model": {"state_dict": weights}, "optimizer": {"lr": 0.1}},
+        "deepspeed.pt": {"module": {f"module.{name}": t for name, t in weights.items()}, "global_steps": 7},
+        "net.pth": {"net": weights, "epoch": 3},
+        "lightning.ckpt": {
+            "state_dict": {f"net.{name}": tensor for name, tensor in weights.items()},
+            "epoch": 0,
+            "pytorch-lightning_version": "2.5.0",
+            "optimizer_states": [{"state": {}}],
+            "callbacks": {},
+        },
+        "rotary.pth": weights | {"model.layers.0.atten.self_attn.rotary_emb.inv_freq": torch.ones(2)},
+        "joint_rotary.pth": {"module": {f"module.{k}": v for k, v in (weights | {"inv_freq": torch.ones(2)}).items()}},
     }
     for name, content in wrapped.items():
         torch.save(content, case / name)
@@ -124,6 +135,35 @@ def test_noise_is_refused(case, capsys, name):
 def test_a_pth_without_a_state_dict_is_refused(case, capsys, content):
     torch.save(content, case / "other.pth")
     assert "holds no state dict" in refused(capsys, case, "other.pth")
+
+
+@pytest.mark.parametrize("keys", [["state_dict"], ["module"], ["model", "net"]])
+def test_a_checkpoint_that_holds_itself_is_refused(case, capsys, keys):
+    content = innermost = {}
+    for key in keys[:-1]:
+        innermost[key] = innermost = {}
+    innermost[keys[-1]] = content
+    torch.save(content, case / "round.pth")
+    assert "holds no state dict" in refused(capsys, case, "round.pth")
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize(
+    ("value", "dtype"), [("nan", "float32"), ("inf", "bfloat16"), ("-inf", "float16"), ("1e39", "float64")]
+)
+def test_weights_that_are_not_finite_are_refused(case, capsys, suffix, value, dtype):
+    weights = random_weights(CONFIG)
+    weights["lm_head.weight"] = weights["lm_head.weight"].to(getattr(torch, dtype))
+    weights["lm_head.weight"][1, 2] = float(value)
+    save = torch.save if suffix == "pth" else save_file
+    save(weights, case / f"odd.{suffix}")
+    said = refused(capsys, case, f"odd.{suffix}")
+    assert "NaN or infinite values in lm_head.weight (1 of " in said
+
+
+def test_weights_without_values_are_refused(case, capsys):
+    torch.save({name: tensor.to("meta") for name, tensor in random_weights(CONFIG).items()}, case / "hollow.pth")
+    assert "holds no values for " in refused(capsys, case, "hollow.pth")
 
 
 def test_state_dicts_of_other_models_are_refused(case, capsys):

@@ -188,8 +188,33 @@ def test_no_room_and_no_right_to_write(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    write, cache, lines = build_module._write_rows, tmp_path / "cache", []
     monkeypatch.setattr(build_module, "_write_rows", full)
-    fails(spec_of(path), tmp_path / "cache", "no disk space", "cache_dir")
+    with pytest.raises(UserError, match=r"no disk space left under cache_dir=.* free some and run again"):
+        prepare(spec_of(path), vocab_size=300, seq_len=16, cache_dir=cache)
+    (kept,) = (folder for folder in cache.iterdir() if folder.is_dir())
+    assert kept.name.startswith(".building-")  # hours of reading and tokenising are not thrown away
+    monkeypatch.setattr(build_module, "_write_rows", write)
+    again = prepare(spec_of(path), vocab_size=300, seq_len=16, cache_dir=cache, report=lines.append)
+    assert lines[0].startswith("going on")
+    whole = prepare(spec_of(path), vocab_size=300, seq_len=16, cache_dir=tmp_path / "other", report=lines.append)
+    assert again.stats["sha256"] == whole.stats["sha256"]
+    assert any(line.startswith("preparing data takes at most") for line in lines)
+    assert [folder.name for folder in cache.iterdir() if folder.is_dir()] == [again.dir.name]
+
+
+def test_another_fault_leaves_nothing_half_made(tmp_path, monkeypatch):
+    """What the data or the code is to blame for would stop the next call too."""
+    path = tmp_path / "good.txt"
+    path.write_text(GOOD)
+
+    def broken(*args, **kwargs):
+        raise ValueError("not a number")
+
+    monkeypatch.setattr(build_module, "_write_rows", broken)
+    with pytest.raises(ValueError, match="not a number"):
+        prepare(spec_of(path), vocab_size=300, seq_len=16, cache_dir=tmp_path / "cache")
+    assert not [folder for folder in (tmp_path / "cache").iterdir() if folder.is_dir()]
 
 
 def test_a_broken_cache_is_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from flowhn import doctor
 from flowhn.benchmark import kernel_checks
 from flowhn.benchmark.kernel_checks import MIXERS, check_kernel
 from flowhn.models.mixers import Mamba1
+from flowhn.training.hardware import Hardware
 
 
 def findings(capsys, *words: str) -> tuple[int, dict[str, dict]]:
@@ -24,6 +26,7 @@ def test_this_machine_can_run_the_main_job(capsys, tmp_path):
     assert {"Python", "packages", "torch", "device", "peak for MFU", "disk", "memory", "main job"} <= found.keys()
     assert {f"kernel of {mixer}" for mixer in MIXERS} <= found.keys()
     assert found["main job"]["state"] == "ok"
+    assert f"one step on {'cuda' if torch.cuda.is_available() else 'cpu'}, precision " in found["main job"]["text"]
     if not torch.cuda.is_available():
         assert found["package mamba_ssm"]["state"] == "note"
         assert "flowhn[gpu]" in found["package mamba_ssm"]["mend"]
@@ -35,6 +38,23 @@ def test_a_full_disk_fails_the_main_job(capsys, tmp_path, monkeypatch):
     assert code == 1
     assert found["disk"]["state"] == "fail"
     assert "output_dir=" in found["disk"]["mend"]
+
+
+def test_too_little_memory_fails_the_main_job(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_NEEDED_MEMORY", 10**18)
+    code, found = findings(capsys)
+    assert code == 1
+    assert found["memory"]["state"] == "fail"
+    assert found["memory"]["mend"]
+
+
+def test_the_main_job_is_tried_on_the_device_that_it_takes(monkeypatch):
+    """A device that stands for a broken GPU: nothing comes back from it."""
+    broken = Hardware(torch.device("meta"), 1, "32-true", False)
+    monkeypatch.setattr("flowhn.training.resolve_hardware", lambda config: broken)
+    (finding,) = [finding for finding in doctor.examine(Path(), ask_hub=False) if finding.topic == "training"]
+    assert finding.state == "fail"
+    assert "meta" in finding.text
 
 
 def test_a_missing_package_fails_and_says_how_to_install(capsys, monkeypatch):

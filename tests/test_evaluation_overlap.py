@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from flowhn.errors import UserError
 from flowhn.evaluation import overlap as overlap_module
-from flowhn.evaluation.overlap import Overlap, ngram_overlap, question_texts
+from flowhn.evaluation.overlap import Overlap, Search, ngram_overlap, question_texts
 
 VOCABULARY = [f"w{i}" for i in range(6)]
 
@@ -45,7 +46,9 @@ def test_counts_are_those_of_a_naive_search(monkeypatch, n, piece):
         for start, name in enumerate(("a", "b"), start=1)
     }
     found = ngram_overlap(iter(train), {name: iter(questions) for name, questions in tasks.items()}, n=n)
-    assert found == {name: naive(train, questions, n) for name, questions in tasks.items()}
+    assert found.tasks == {name: naive(train, questions, n) for name, questions in tasks.items()}
+    assert (found.documents, found.words) == (5, 134)
+    found = found.tasks
     assert found["a"].ngrams_found > 0
     assert n <= 2 or found["a"].ngrams_found < found["a"].ngrams
 
@@ -54,7 +57,7 @@ def test_thirteen_words_in_order_are_an_overlap_whatever_stands_between_them():
     sentence = "One two three, four-five six; seven EIGHT nine ten 11 twelve thirteen"
     other = "one two three four five six seven eight nine ten 11 thirteen twelve"
     train = ["nothing here", "before\n" + "  ".join(sentence.lower().replace(",", "").split()) + "! after"]
-    found = ngram_overlap(train, {"same": [[sentence]], "other": [[other]], "short": [["one two three"]]})
+    found = ngram_overlap(train, {"same": [[sentence]], "other": [[other]], "short": [["one two three"]]}).tasks
     assert found["same"] == Overlap(1, 0, 1, 1, 1)
     assert found["other"] == Overlap(1, 0, 0, 1, 0)
     assert found["short"] == Overlap(1, 1, 0, 0, 0)
@@ -63,13 +66,13 @@ def test_thirteen_words_in_order_are_an_overlap_whatever_stands_between_them():
 def test_words_of_two_documents_are_no_overlap():
     parts = words(13, 1, [f"v{i}" for i in range(100)])
     question = {"task": [[" ".join(parts)]]}
-    assert ngram_overlap([" ".join(parts)], question)["task"].overlapping == 1
-    assert ngram_overlap([" ".join(parts[:7]), " ".join(parts[7:])], question)["task"].overlapping == 0
+    assert ngram_overlap([" ".join(parts)], question).tasks["task"].overlapping == 1
+    assert ngram_overlap([" ".join(parts[:7]), " ".join(parts[7:])], question).tasks["task"].overlapping == 0
 
 
 def test_nothing_to_search_or_to_search_in():
-    assert ngram_overlap(["some text"], {}) == {}
-    assert ngram_overlap([], {"a": [["x " * 20]], "b": []}) == {
+    assert ngram_overlap(["some text"], {}) == Search({}, 1, 2)
+    assert ngram_overlap([], {"a": [["x " * 20]], "b": []}).tasks == {
         "a": Overlap(1, 0, 0, 1, 0),
         "b": Overlap(0, 0, 0, 0, 0),
     }
@@ -102,3 +105,37 @@ def test_questions_are_read_from_lm_evals_requests():
     tasks = {"t": SimpleNamespace(instances=instances)}
     assert list(question_texts(tasks)["t"]) == [["Q: a b yes", "Q: a b no"], ["text"]]
     assert list(question_texts(tasks, limit=1)["t"]) == [["Q: a b yes", "Q: a b no"]]
+
+
+def counted(tmp_path, text: str, question: str) -> dict:
+    """``count_overlap`` of a one-file corpus and one question, without lm-eval."""
+    from flowhn.config import compose, to_dict
+    from flowhn.overlap_report import count_overlap
+
+    (tmp_path / "train.txt").write_text(text)
+    (tmp_path / "valid.txt").write_text("something else\n")
+    words = ["data=files", f"data.path={tmp_path / 'train.txt'}", f"data.val_path={tmp_path / 'valid.txt'}"]
+    config = to_dict(compose("train", [*words, "eval=paper", f"cache_dir={tmp_path / 'cache'}"]))
+    task = SimpleNamespace(instances=[SimpleNamespace(doc_id=0, args=(question, ""))])
+    workshop = SimpleNamespace(evaluator=lambda *args, **options: SimpleNamespace(tasks={"piqa": task}))
+    return count_overlap(config, workshop)
+
+
+def test_a_planted_question_is_found_and_what_was_read_is_on_record(tmp_path):
+    """The positive control: the same path that finds nothing in the real text finds one question put into it."""
+    question = "Which of these thirteen words in a row was planted in the text, one or two?"
+    clean = counted(tmp_path, "plain text\n<|endoftext|>\nmore of it\n", question)
+    planted = counted(tmp_path, f"plain text\n<|endoftext|>\nmore of it {question}\n", question)
+    assert (clean["tasks"]["piqa"]["overlapping"], planted["tasks"]["piqa"]["overlapping"]) == (0, 1)
+    assert clean["train"] | {"fingerprint": ""} == {
+        "files": ["train.txt"], "documents": 2, "words": 5, "fingerprint": "",
+    }  # fmt: skip
+    assert planted["train"]["words"] == 21
+    assert clean["train"]["fingerprint"] != planted["train"]["fingerprint"]
+
+
+def test_an_overlap_of_nothing_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not one word of training text"):
+        counted(tmp_path, "... ---\n", "word " * 20)
+    with pytest.raises(UserError, match="no question has 13 words"):
+        counted(tmp_path, "plain text\n", "too short")

@@ -183,6 +183,19 @@ def test_padding_in_front_is_refused_and_behind_allowed(exported):
             model(ids, attention_mask=mask.flip(1))
 
 
+def test_the_working_folder_is_filled_when_it_is_empty(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", "llama")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    before = Path.cwd().stat().st_ino
+    assert export._main([str(run), "."]) == 0
+    assert Path.cwd().stat().st_ino == before
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in Path.cwd().iterdir()}
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    with pytest.raises(UserError, match="is there already"):
+        export.export_run(run, Path())
+
+
 def test_what_cannot_be_exported_is_said(tmp_path, exported):
     run = write_run(tmp_path / "run", "llama")
     with pytest.raises(UserError, match="is there already"):

@@ -32,6 +32,7 @@ def _load(name: str):
 
 
 data = _load("long_run_data")
+limits = _load("long_run_limits")
 long_run = _load("long_run")
 
 
@@ -132,7 +133,7 @@ def test_random_data_say_their_size_exactly(tmp_path):
     spec = {"name": "random", "n_rows": 2000, "n_val_rows": 100, "seed": 0}
     prepared = prepare(spec, vocab_size=300, seq_len=64, cache_dir=tmp_path)
     _, after = disk_estimate(spec, vocab_size=300, seq_len=64)
-    assert after <= data.disk_bytes(prepared.dir) < 1.05 * after
+    assert data.disk_bytes(tmp_path) <= after < 1.05 * data.disk_bytes(prepared.dir)
 
 
 def test_sampled_pieces_are_every_so_many(tmp_path):
@@ -158,6 +159,10 @@ def test_training_and_its_logs_stay_bounded(tmp_path):
     assert 100 < logs["metrics_csv_lines"] <= 600  # at most 500 points and the validations
     assert logs["written_at_most_bytes"] >= logs["run_folder_bytes"] > logs["files_bytes"]["model.safetensors"]
     assert logs["dry_run_disk_while_running_bytes"] > logs["dry_run_disk_after_bytes"] > 4 * memory["parameters"] * 0.9
+    assert logs["written_at_most_bytes"] <= logs["dry_run_disk_while_running_bytes"] < 4 * logs["written_at_most_bytes"]
+    assert logs["run_folder_bytes"] <= logs["dry_run_disk_after_bytes"] < 2 * logs["run_folder_bytes"]
+    assert logs["data_cache_bytes"] <= logs["dry_run_data_cache_bytes"] < 2 * logs["data_cache_bytes"]
+    assert limits.failures({"training": memory, "logs": logs}) == []
 
 
 def test_slope_of_a_leak_is_found():
@@ -177,14 +182,57 @@ def test_evaluation_memory_is_flat():
     assert found["highest_bytes"] - found["first_bytes"] < 20 * MIB
 
 
+def _measured() -> dict:
+    """Figures that hold, as the script writes them."""
+    made = {"peak_rss_bytes": 900 * MIB, "kills": [{"while": "rows", "killed": True, "token_shards_kept": 5}]}
+    memory = {"first_bytes": 500 * MIB, "highest_bytes": 510 * MIB, "slope_bytes": 0.1 * MIB}
+    logs = {"steps": 10_000, "metrics_csv_bytes": 26_000, "terminal_output_bytes": 4000, "written_at_most_bytes": 100,
+            "dry_run_disk_while_running_bytes": 150, "run_folder_bytes": 10, "dry_run_disk_after_bytes": 20,
+            "data_cache_bytes": 5, "dry_run_data_cache_bytes": 6}  # fmt: skip
+    return {
+        "data_preparation": {"killed": made, "never_killed": {**made, "kills": []}, "same_rows": True},
+        "training": {"steps": 10_000, **memory},
+        "evaluation": {"batches": 12_000, **memory},
+        "logs": logs,
+    }
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "said"),
+    [
+        ("data_preparation", "never_killed", {"peak_rss_bytes": 3 * 2**30}, "peak memory of the preparation"),
+        ("data_preparation", "killed", {"peak_rss_bytes": 1, "kills": []}, "kills that hit"),
+        ("data_preparation", "same_rows", False, "the same rows"),
+        ("training", "slope_bytes", 2 * MIB, "training: slope"),
+        ("training", "highest_bytes", 540 * MIB, "training: growth"),
+        ("evaluation", "slope_bytes", 2 * MIB, "evaluation: slope"),
+        ("logs", "metrics_csv_bytes", 2_000_000, "metrics.csv"),
+        ("logs", "terminal_output_bytes", 2_000_000, "output on the terminal"),
+        ("logs", "written_at_most_bytes", 151, "run: most disk while running"),
+        ("logs", "run_folder_bytes", 21, "run: disk after"),
+        ("logs", "dry_run_data_cache_bytes", None, "prepared data"),
+    ],
+)
+def test_a_figure_over_its_limit_fails_the_script(part, key, value, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(long_run, "measure", lambda name, folder, args: {name: dict(measured[name])})
+    measured = _measured()
+    out = tmp_path / "long_run.json"
+    out.write_text(json.dumps({"logs": measured["logs"]}), encoding="utf-8")
+    assert long_run.main(["--out", str(out)]) == 0
+    measured[part][key] = value
+    out.write_text(json.dumps({"logs": measured["logs"]}), encoding="utf-8")
+    assert long_run.main(["--out", str(out)]) == 1
+    (failure,) = json.loads(out.read_text(encoding="utf-8"))["failures"]
+    assert failure.startswith(said)
+    assert failure in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_two_gigabytes_and_ten_thousand_steps(tmp_path):
     out = tmp_path / "long_run.json"
     subprocess.run([sys.executable, SCRIPTS / "long_run.py", "--out", out, "--work", tmp_path], check=True)
     result = json.loads(out.read_text(encoding="utf-8"))
-    assert result["data_preparation"]["below_2_gib"]
-    assert result["data_preparation"]["same_rows"]
-    assert result["training"]["slope_bytes"] * 10 < 10 * MIB
-    assert result["evaluation"]["highest_bytes"] - result["evaluation"]["first_bytes"] < 20 * MIB
+    assert set(long_run.PARTS) <= set(result)
+    assert result["failures"] == []
     assert result["logs"]["metrics_csv_lines"] < 1100

@@ -13,8 +13,10 @@ import pytest
 from flowhn.errors import UserError
 from flowhn.reporting import figures, paper, style
 from flowhn.reporting.artefact import write_artefact
+from flowhn.reporting.bench import write_bench_record
 from flowhn.reporting.cells import Cell, pool
 from flowhn.reporting.record import RunRecord
+from flowhn.reporting.speeds import day_spreads
 from flowhn.reporting.style import CELLS
 from flowhn.reporting.tables import DASH, table1, write_table
 from flowhn.reporting.verdicts import CLAIMS, paired_bootstrap, verdicts
@@ -366,13 +368,81 @@ def test_answers_of_different_length_fall_back_to_standard_errors():
     assert "unpaired" in verdict(records, "fac_over_ae_fa", "flowhn_ae")["method"]
 
 
+def timed(cell, tps, *shares, **changes) -> RunRecord:
+    """A record whose stretches between validations ran at these shares of its speed."""
+    seconds, points = 5.0, [[1000, 5.0, 5.0]]
+    for number, share in enumerate(shares, start=2):
+        seconds += 1000 / (share * tps)
+        points.append([1000 * number, 5.0, seconds])
+    losses = {"train": [], "val": points, "final_val": 5.0, "unigram_entropy": 6.5}
+    return fake(cell, tps=tps, losses=losses, **changes)
+
+
+def test_the_spread_of_a_speed_is_measured_not_assumed(tmp_path):
+    once = [timed("flowhn_fac", 1100), timed("hymba", 1000)]
+    row = verdict(once, "fac_over_hymba_tps")
+    assert row["verdict"] == "not testable"
+    assert "each speed was measured once" in row["method"]
+    seeds = [*once, timed("flowhn_fac", 900, seed=1), timed("hymba", 1000, seed=1)]
+    row = verdict(seeds, "fac_over_hymba_tps")
+    assert (row["low"], row["high"], row["verdict"]) == (pytest.approx(0.9), pytest.approx(1.1), "within noise")
+    steady = [timed("flowhn_fac", 1030, 1.0, 1.0), timed("hymba", 1000, 1.0, 1.0)]
+    for day, found in ((0.02, "better"), (0.04, "within noise")):
+        frame = verdicts(steady, days={"NVIDIA H200": day}).set_index("claim")
+        assert frame.loc["fac_over_hymba_tps", "verdict"] == found
+        assert f"{100 * day:.1f} %, by which" in frame.loc["fac_over_hymba_tps", "method"]
+    assert verdicts(steady, days={"another": 0.5}).set_index("claim").loc["fac_over_hymba_tps", "low"] == 1.03
+
+
+def test_days_are_compared_cell_by_cell_from_the_committed_records(tmp_path):
+    def bench(folder, name, tps, **changes):
+        record = {
+            "schema": "flowhn-bench-1", "cell": "llama", "size": "135m", "seq_len": 1024, "batch": 64, "protocol": "optimised",
+            "peer": None, "status": "done", "tps": tps, "device": {"name": "NVIDIA H200", "count": 1}, **changes,
+        }  # fmt: skip
+        write_bench_record(tmp_path / "figure4" / folder / "records" / name, record)
+
+    assert day_spreads(tmp_path) == {}
+    bench("a", "1.json", 1000.0)
+    bench("a", "2.json", 2000.0, batch=128)  # another batch is another speed, not a spread
+    assert day_spreads(tmp_path) == {}
+    bench("b", "1.json", 1050.0)
+    bench("b", "3.json", 9000.0, status="oom")
+    assert day_spreads(tmp_path) == {"NVIDIA H200": pytest.approx(0.05)}
+
+
+def test_a_verdict_that_boolq_alone_decides_is_undecided():
+    """Two models alike in five tasks, one of which says yes to all of BoolQ: better on average, and nothing is shown."""
+    same, yes, no = answers(3, 1000, 0.4), "1" * 620 + "0" * 380, "0" * 620 + "1" * 380
+
+    def record(cell, boolq, rest):
+        made = fake(cell)
+        for task in SIX:
+            text = boolq if task == "boolq" else rest
+            made.evaluation["tasks"][task] |= {"acc": text.count("1") / 1000, "correct": {"acc": text}}
+        return made
+
+    records = [record("flowhn_fac", yes, same[::-1]), record("flowhn_ae", no, same)]
+    row = verdict(records, "fac_over_ae_fa", "flowhn_ae")
+    assert (row["verdict"], row["holds"]) == ("better", "undecided (BoolQ alone)")
+    assert row["rest_low"] < 0 < row["rest_high"]
+    good = answers(4, 1000, 0.6)
+    row = verdict([record("flowhn_fac", yes, good), record("flowhn_ae", no, same)], "fac_over_ae_fa", "flowhn_ae")
+    assert (row["verdict"], row["holds"]) == ("better", "yes")
+    row = verdict([record("flowhn_fac", no, same), record("flowhn_ae", no, good)], "fac_over_ae_fa", "flowhn_ae")
+    assert (row["verdict"], row["holds"]) == ("worse", "no")
+
+
 @pytest.mark.parametrize(
     ("fac", "expected", "holds"),
     [(4000, "better", "yes"), (2000, "better", "partly"), (1010, "within noise", "undecided"), (500, "worse", "no")],
 )
 def test_speed_verdicts_by_ratio(fac, expected, holds):
-    row = verdict([fake("flowhn_fac", tps=fac), fake("hymba", tps=1000)], "fac_over_hymba_tps")
+    records = [timed("flowhn_fac", fac, 0.97, 1.0), timed("hymba", 1000, 1.0, 1.02)]
+    row = verdict(records, "fac_over_hymba_tps")
     assert (row["verdict"], row["holds"], row["difference"]) == (expected, holds, fac / 1000)
+    assert row["low"] == pytest.approx(fac / 1000 * 0.97 / 1.02)  # the slowest of one over the fastest of the other
+    assert row["high"] == pytest.approx(fac / 1000)
     assert row["printed"] == pytest.approx(34430 / 9393)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from flowhn.errors import UserError
 from flowhn.reporting.artefact import write_artefact
+from flowhn.reporting.bench_figures import throughput_figure
 from flowhn.reporting.beyond import gap_table, readable_gap
-from flowhn.reporting.figures import loss_vs_time_figure
+from flowhn.reporting.cells import pool
+from flowhn.reporting.figures import loss_figure, loss_vs_time_figure
 from flowhn.reporting.long_context import long_context_figure, read_results, write_long_context
+from flowhn.reporting.reasons import at_equal_cost, depth_lines, equal_cost_lines
 from flowhn.reporting.record import write_record
 from flowhn.reporting.summary import accuracy_block
 from flowhn.reporting.verdicts import verdicts
-from test_reporting import fake
+from test_reporting import fake, timed
 
 GAP = {"of": "flowhn_fac", "to": ["flowhn_no", "shm"]}
 
@@ -125,9 +129,9 @@ def test_a_result_that_is_none_is_named(tmp_path):
 
 def test_the_fastest_of_all_and_the_price_of_the_split_are_judged():
     records = [
-        fake("flowhn_fac", tps=900.0, acc=0.3),
-        fake("flowhn_no", tps=700.0, acc=0.5),
-        fake("llama", tps=1000.0, acc=0.4),
+        timed("flowhn_fac", 900.0, 1.0, 1.01, acc=0.3),
+        timed("flowhn_no", 700.0, 1.0, 1.01, acc=0.5),
+        timed("llama", 1000.0, 1.0, 1.01, acc=0.4),
     ]
     frame = verdicts(records).set_index("claim")
     fastest = frame.loc["fac_fastest"]
@@ -150,11 +154,86 @@ def test_the_readme_s_block_says_what_the_records_say(tmp_path):
     text = accuracy_block(tmp_path, "s", gap=GAP)
     assert "| FlowHN FAC_Split | 1 | 4.000 | 1,000 | 30.00 ± " in text
     assert "among 0.001, 0.002 at 4,000,000 tokens: llama 0.002 (the highest tried)." in text
+    assert "inherit" not in text  # FlowHN's rate was not tried here
     assert (
         "of 3 variants of FAC_Split, `fac_a` has the lowest loss at 90 % of the speed or more: it closes 50 % of the gap"
         in text
     )
     assert "| No_Split beats FAC_Split in accuracy: the price of the split. (FlowHN FAC_Split) | +20.00 |" in text
+
+
+def ending(cell, tps, flops, *losses, **changes):
+    """A record with a validation every 1,000 tokens, and what a second and a FLOP are to it."""
+    record = timed(cell, tps, *[1.0] * (len(losses) - 1), **changes)
+    for point, loss in zip(record.losses["val"], losses, strict=True):
+        point[1] = loss
+    record.throughput["flops_per_token"] = flops
+    return record
+
+
+def test_losses_are_read_where_fac_ends():
+    records = [
+        ending("flowhn_fac", 200.0, 50.0, 6.0, 5.0),  # 2,000 tokens: 10 s, 100,000 FLOPs
+        ending("shm", 150.0, 100.0, 5.0, 4.0, 3.0),  # at 10 s 1,500 tokens; at those FLOPs 1,000
+        ending("llama", 400.0, 40.0, 7.0, 6.0),  # has ended by then on both axes
+        ending("flowhn_no", 50.0, 200.0, 4.0, 3.0),  # not yet validated at 10 s, nor at those FLOPs
+    ]
+    frame = at_equal_cost(pool(records, "135m")).set_index(["axis", "cell"])
+    assert frame.loc["time", "end"].tolist() == [10.0] * 3
+    assert frame.loc["FLOPs", "end"].tolist() == [100_000.0] * 3
+    assert frame.loc[("time", "shm"), "loss"] == pytest.approx(4.5)
+    assert frame.loc[("FLOPs", "shm"), "loss"] == pytest.approx(5.0)
+    assert frame.loc[("time", "llama"), ["loss", "ends"]].tolist() == [6.0, True]
+    assert frame.loc[("time", "flowhn_no"), "loss"] != frame.loc[("time", "flowhn_no"), "loss"]
+    (text, _) = equal_cost_lines(records, "135m")
+    assert (
+        "(10.0 s at its measured speed; loss 5.000): SHM 4.500, Llama 6.000 (ended); at equal time FAC_Split is not ahead of SHM."
+        in text
+    )
+    assert "at equal FLOPs FAC_Split is ahead of all of them" in text  # SHM's 5.0 is no better than FAC's
+    assert equal_cost_lines([ending("shm", 1.0, 1.0, 5.0, 4.0)], "135m") == []
+
+
+def test_depth_is_told_from_the_records_and_the_routes():
+    records = [fake("flowhn_fac", config={"model": {"n_layers": 3}}), fake("shm", config={"model": {"n_layers": 7}})]
+    seen = pd.DataFrame({"cell": ["flowhn_fac"], "mean": [61.7]})
+    (text, _) = depth_lines(records, "135m", seen)
+    assert "FlowHN has 3 blocks (6 mixers, two side by side in a block)" in text
+    assert "one after another: SHM 7." in text
+    assert "FAC_Split 62 %" in text
+    assert depth_lines(records[:1], "135m", None) == []
+
+
+def test_every_model_has_its_place_in_every_panel_and_points_stay_inside():
+    columns = ["cell", "model", "size", "tps", "mfu"]
+    rows = [
+        ("llama", "Llama", "135m", 100.0, 50.0),
+        ("flowhn_fac", "FAC", "135m", 200.0, 40.0),
+        ("flowhn_fac", "FAC", "1b", 20.0, 45.0),
+    ]
+    figure = throughput_figure(pd.DataFrame(rows, columns=columns))
+    first, second, *twins = figure.axes
+    assert first.get_xlim() == second.get_xlim()
+    assert [bar.get_width() for axis in (first, second) for bar in axis.patches] == [pytest.approx(0.6)] * 3
+    assert [bar.get_x() + 0.3 for bar in second.patches] == [pytest.approx(1.0)]
+    assert [text.get_text() for text in second.texts] == ["not\nmeasured"]
+    for axis, highest in [(first, 200 / 1e3), (second, 20 / 1e3), (twins[0], 50.0), (twins[1], 45.0)]:
+        assert axis.get_ylim() == (0, pytest.approx(1.15 * highest))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "Tokens/s (bars, left axis)",
+        "MFU (points, right axis)",
+    ]
+
+
+def test_a_unigram_entropy_far_above_the_curves_is_a_note():
+    losses = {"train": [], "val": [[1, 5.0, 1.0], [2, 4.0, 2.0]], "final_val": 4.0}
+    far, near = (replace(fake("llama"), losses=losses | {"unigram_entropy": level}) for level in (7.0, 5.1))
+    (axes,) = loss_figure([far]).axes
+    assert axes.get_ylim()[1] < 5.5
+    assert "unigram entropy 7.00, above the figure" in [text.get_text() for text in axes.texts]
+    (axes,) = loss_figure([near]).axes
+    assert axes.get_ylim()[1] > 5.1
+    assert "unigram entropy 5.10" in [text.get_text() for text in axes.texts]
 
 
 def test_reproduce_asks_each_trained_model_once(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +139,24 @@ def test_dry_run_shows_parameters_and_which_records_exist(two_models, home, caps
     assert shown.count("exists") == 2
     assert shown.count("missing") == 8
     assert "0.73M" in shown
+    told = re.search(r"prepared data \(docs\), .*?: ([\d.]+) MB while it is made, ([\d.]+) MB after", shown)
+    cache = Path(home[1].removeprefix("cache_dir=")) / "data"
+    written = sum(path.stat().st_size for path in cache.rglob("*") if path.is_file()) / 1e6
+    assert written <= float(told[2]) < 4 * written
+    assert float(told[2]) < float(told[1])
+    row = next(line for line in shown.splitlines() if "flowhn_fac" in line)
+    kept = re.findall(r"([\d.]+) MB", row)
+    (folder,) = (path for path in (cache.parents[1] / "out" / "runs").glob("flowhn_fac-*"))
+    written = sum(path.stat().st_size for path in folder.iterdir() if path.is_file()) / 1e6
+    assert written <= float(kept[1]) < 1.5 * written
+
+
+def test_the_papers_text_is_announced_before_it_is_downloaded(home, capsys):
+    assert main("--dry-run", "table1", "models=[llama]", "size=135m", "data=slimpajama", "budget=smoke", *home) == 0
+    shown = capsys.readouterr().out
+    size = re.search(r"prepared data \(slimpajama\), .*?: ([\d.]+) GB while it is made, ([\d.]+) GB after", shown)
+    assert float(size[1]) > 25
+    assert 12 < float(size[2]) < float(size[1])
 
 
 def test_list_names_every_artefact_with_its_claim(capsys):

@@ -57,6 +57,68 @@ def test_a_run_whose_config_names_something_else_is_refused(run, target):
         flowhn.load(run)
 
 
+class _Touches:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w').close()",)
+
+
+@pytest.fixture
+def evil(tmp_path):
+    """Places of a pickle and of the file that appears when somebody reads it."""
+    owned, pickled = tmp_path / "owned", tmp_path / "evil.pt"
+    torch.save(_Touches(owned), pickled)
+    return pickled, owned
+
+
+def test_the_pickle_of_these_tests_is_one(evil):
+    pickled, owned = evil
+    torch.load(pickled, weights_only=False)
+    assert owned.exists()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("place", ["value", "list", "key", "escaped", "resolver", "part of a target"])
+def test_an_interpolation_in_a_runs_config_is_never_resolved(run, evil, place, trust, monkeypatch):
+    """What was checked must be what is built: Hydra would resolve ``${oc.create:...}`` after the check, and call its target."""
+    pickled, owned = evil
+    monkeypatch.setenv("SECRET_KEY", "hunter2")
+    code = f"${{oc.create:{{_target_:torch.load,f:'{pickled}',weights_only:false}}}}"
+    changes = {
+        "value": lambda model: model.update(norm_eps=code),
+        "list": lambda model: model["blocks"].update(extra=[[code]]),
+        "key": lambda model: model["blocks"].update({code: 1}),
+        "escaped": lambda model: model.update(norm_eps="\\\\" + code),
+        "resolver": lambda model: model.update(norm_eps="${oc.env:SECRET_KEY}"),
+        "part of a target": lambda model: model.update(extra={"_target_": "${.name}", "name": "torch.load"}),
+    }
+    tamper(run, changes[place])
+    with pytest.raises(UserError, match=r"interpolation|not a class of flowhn\.models") as refused:
+        flowhn.load(run, trust=trust)
+    assert not owned.exists()
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_caller_with_its_own_config_builds_nothing_from_the_folders(run):
+    from flowhn.loading import load_run
+
+    config = json.loads((run / CONFIG_NAME).read_text())["config"]
+    tamper(run, lambda model: model.update(_target_="os.system", command="touch owned"))
+    assert load_run(run, config=config).model.vocab_size == 2048
+
+
+def test_nothing_in_the_package_trusts_a_folder_by_itself():
+    """``trust`` comes from a user's ``--trust`` or from a caller of ``flowhn.load``; no module sets it."""
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call):
+                assert not [k for k in node.keywords if k.arg == "trust" and isinstance(k.value, ast.Constant)], path
+
+
 def test_trust_lets_own_classes_through(run):
     tamper(run, lambda model: model.update(_target_="flowhn.models.lm.CausalLM"))
     with pytest.raises(UserError, match="trust=True"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from flowhn import train
 from flowhn.config import compose, groups
 from flowhn.errors import UserError
 from flowhn.reporting.record import read_record
-from flowhn.sweeps import UNFINISHED, Job, read_jobs, run_job, sweep_table, take_device, write_summary
+from flowhn.sweeps import UNFINISHED, Job, read_jobs, rotate, run_job, sweep_table, take_device, write_summary
 
 
 @pytest.fixture(scope="module")
@@ -124,16 +125,139 @@ def test_a_run_on_several_devices_is_a_command_of_its_own(home):
 
 
 def test_its_failure_is_the_sentence_it_ended_with(home, monkeypatch):
-    def run(command, *, stdout, **options):
-        assert command[1:3] == ["-m", "flowhn.train"]
-        stdout.write("so far so good\nerror: device 1 went away; try again\n")
-        return subprocess.CompletedProcess(command, 2)
+    said = iter((b"so far so good\nerror: device 1 went away; try again\n", b""))
 
-    monkeypatch.setattr("flowhn.train.subprocess.run", run)
-    code, folder = sweep(home, "device=cpu", "trainer.devices=2", "seed=6")
-    assert code == 2
-    (job,) = read_jobs(folder)
-    assert job.error.startswith("device 1 went away; try again (output: ")
+    def run(command, output):
+        assert command[1:3] == ["-m", "flowhn.train"]
+        output.write(next(said))
+        return 2
+
+    monkeypatch.setattr(train, "run_child", run)
+    words = ["-m", "device=cpu", "trainer.devices=2", "seed=6", *home, f"hydra.sweep.dir={out(home)}/sweeps/fails"]
+    for reason in ("device 1 went away; try again (output: ", "it ended with exit code 2 (output: "):
+        GlobalHydra.instance().clear()
+        assert train._main(words) == 2
+        (job,) = read_jobs(out(home) / "sweeps" / "fails")
+        assert job.error.startswith(reason)
+    assert (
+        "so far so good" in (out(home) / "sweeps" / "fails" / "0" / "output.log").read_text()
+    )  # added to, not replaced
+
+
+# A command that takes its time to save when it is asked to stop.
+SAVES = """
+import signal, sys, time
+from pathlib import Path
+def stop(number, frame):
+    time.sleep(0.5)
+    with Path(sys.argv[1]).open("a") as file:
+        file.write(f"saved on {number} ")
+    sys.exit(128 + number)
+if sys.argv[2] != "deaf":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+Path(sys.argv[1] + ".ready").touch()
+time.sleep(60)
+"""
+PARENT = """
+import sys
+from flowhn.child import run_child
+from flowhn.cli import run_entry
+command = [sys.executable, "-c", sys.argv[1], *sys.argv[2:4]]
+run_entry(lambda argv: run_child(command, sys.stdout.buffer, grace=float(sys.argv[4])))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "grace", "code"),
+    [
+        (signal.SIGINT, "hears", 30, 130),
+        (signal.SIGTERM, "hears", 30, 143),
+        (signal.SIGTERM, "deaf", 0.5, 137),
+    ],
+)
+def test_a_signal_goes_on_to_the_child_which_has_time_to_save(tmp_path, number, kind, grace, code):
+    """Sent to the parent alone, or by the terminal to its whole group: the child is asked once."""
+    saved = tmp_path / "saved"
+    command = [sys.executable, "-c", PARENT, SAVES, str(saved), kind, str(grace)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
+    deadline = time.monotonic() + 60
+    while not Path(f"{saved}.ready").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    begun = time.monotonic()
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == code, said
+    assert time.monotonic() - begun < 20
+    assert "Traceback" not in said
+    assert saved.read_text() == f"saved on {number} " if kind == "hears" else not saved.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_sweep_over_several_devices_saves_and_goes_on(home, tmp_path, number, code):
+    """Two processes on the CPU; the signal reaches the sweep's own process alone."""
+    words = ["-m", "device=cpu", "trainer.devices=2", "seed=7", *home, "budget=100k", f"output_dir={tmp_path}"]
+    words += [f"hydra.sweep.dir={tmp_path}/sweep", "trainer.checkpoint.every_n_steps=5"]
+    command = [sys.executable, "-m", "flowhn.train", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("runs/*/checkpoints/*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("runs/*/record.json"))
+    GlobalHydra.instance().clear()
+    assert train._main(words) == 0
+    (record,) = tmp_path.glob("runs/*/record.json")
+    assert read_record(record).resumed == 1
+    assert "interrupted" in (tmp_path / "sweep" / "0" / "output.log").read_text() or number == signal.SIGTERM
+
+
+def test_logs_of_earlier_attempts_are_kept_and_bounded(tmp_path):
+    log = tmp_path / "output.log"
+    for attempt in range(6):
+        rotate(log)
+        log.write_text(f"attempt {attempt}")
+    rotate(tmp_path / "none.log")
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {
+        "output.log": "attempt 5",
+        "output.log.1": "attempt 4",
+        "output.log.2": "attempt 3",
+        "output.log.3": "attempt 2",
+    }
+
+
+def test_lines_of_a_long_run_become_rarer(monkeypatch):
+    """A week of a run that reports every 10 s, written to a file: the log's size is bounded."""
+    from io import StringIO
+
+    from rich.console import Console
+
+    from flowhn import display
+    from flowhn.runs import Progress
+
+    now = 0.0
+    monkeypatch.setattr(display.time, "monotonic", lambda: now)
+    text = StringIO()
+    with display.Display(title="table1", n_runs=1, console=Console(file=text, width=200)) as shown:
+        report = shown.watch("llama-135m-paper-s0")
+        for now in range(0, 7 * 24 * 3600, 10):
+            report(Progress("train", now, 7 * 24 * 3600, 12345.6, 3.21))
+            if now == 3600:
+                assert 100 < text.getvalue().count("\n") < 200
+    assert 1000 < text.getvalue().count("\n") < 3000
+    assert len(text.getvalue()) < 300_000
 
 
 def test_each_process_takes_a_device_of_its_own(tmp_path, monkeypatch):
@@ -221,10 +345,16 @@ def test_bad_sweeps_are_one_sentence_before_anything_runs(words, said):
         train._main(["-m", *words])
 
 
-def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+@pytest.mark.parametrize("missing", ["hydra_plugins", None])
+@pytest.mark.parametrize("word", ["launcher=joblib", "launcher=local", "sweep=optuna"])
+def test_a_launcher_that_is_not_installed_names_the_extra(monkeypatch, word, missing):
+    """As after a plain ./reproduce.sh: no package at all in the namespace hydra_plugins, or not this plugin's."""
+    for name in [name for name in sys.modules if name.startswith("hydra_plugins")]:
+        monkeypatch.delitem(sys.modules, name)
+    plugin = train._PLUGINS[word.partition("=")[2]]
+    monkeypatch.setitem(sys.modules, missing or plugin, None)  # import fails as if it were not on the path
     with pytest.raises(UserError, match=r"flowhn\[sweep\]"):
-        train._main(["-m", "launcher=joblib", "seed=0,1"])
+        train._main(["-m", word, "seed=0,1"])
 
 
 def test_every_launcher_and_search_composes():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 import math
 import warnings
 from pathlib import Path
@@ -30,7 +29,6 @@ from flowhn.training import (
     token_loss,
     validation_steps,
 )
-from flowhn.training.guard import LossGuard
 from flowhn.training.optim import build_optimizer, build_schedule, lr_factor, parameter_groups
 
 CPU = Hardware(torch.device("cpu"), 1, "32-true", False)
@@ -367,75 +365,6 @@ def test_csv_logger_has_the_whole_curve_after_a_resume(tmp_path):
     steps = [int(row["step"]) for row in rows if row["train/loss"]]
     assert steps == list(range(1, STEPS + 1))
     assert [int(row["step"]) for row in rows if row["val/loss"]] == [5, 30]
-
-
-def test_loss_that_is_not_finite_stops_with_one_sentence(tmp_path):
-    class Poisoned(Cycle):
-        @staticmethod
-        def batch(samples):
-            if samples[0] == 4 * BATCH:
-                module.net.lm_head.weight.data.fill_(float("nan"))
-            return Cycle.batch(samples)
-
-    module = lit()
-    with pytest.raises(UserError, match=r"not finite in steps 5 to 7 of 30; lower lr="):
-        train(module, tmp_path, data=Poisoned(), trainer_cfg={"log_every": 10, "checkpoint": {"every_n_steps": 1}})
-    assert not (tmp_path / "checkpoints/step-00000005.ckpt").exists()  # the last good one stays the newest
-    assert (tmp_path / "checkpoints/step-00000004.ckpt").exists()
-    assert json.loads((tmp_path / "not-finite.json").read_text())["steps"] == [5, 6, 7]
-
-
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_is_skipped_and_counted(where, tmp_path):
-    class Poisoned(LitLM):
-        def training_step(self, batch, batch_idx):
-            out = super().training_step(batch, batch_idx)
-            if self.trainer.global_step in (7, 12):  # steps 8 and 13
-                if where == "loss":
-                    out["loss"] = out["loss"] * float("nan")
-                    out["loss_value"] = out["loss"].detach()
-                else:
-                    out["loss"].register_hook(lambda grad: grad * float("inf"))
-            return out
-
-        def on_before_optimizer_step(self, optimizer):
-            before[self.trainer.global_step] = self.net.lm_head.weight.detach().clone()
-
-    before: dict[int, torch.Tensor] = {}
-    whole = lit()
-    module = Poisoned(net=whole.net, optimizer=whole.optimizer_config, schedule=whole.schedule_config)
-    result = train(module, tmp_path)
-    assert result.curves["skipped_steps"] == [8, 13]
-    assert result.steps == STEPS
-    assert len(result.curves["train"]) == STEPS - 2
-    assert all(math.isfinite(loss) for _, loss in result.curves["train"])
-    assert torch.equal(before[7], before[8])  # before step 8 and before step 9
-    assert not torch.equal(before[6], before[7])
-    assert torch.isfinite(module.net.lm_head.weight).all()
-
-
-def test_a_resumed_run_remembers_skipped_steps_and_spikes(tmp_path):
-    guard = LossGuard(tokens_per_step=10, total_steps=100, folder=tmp_path)
-    losses = [5 - 0.01 * step for step in range(40)]
-    losses[30], losses[35] = 9.0, math.nan
-    for step, loss in enumerate(losses[:33], start=1):
-        guard.see(step, loss)
-    other = LossGuard(tokens_per_step=10, total_steps=100, folder=tmp_path)
-    other.load_state_dict(guard.state_dict())
-    for step, loss in enumerate(losses[33:], start=34):
-        assert other.see(step, loss) == math.isfinite(loss)
-    assert other.spikes == [[310, 9.0]]
-    assert other.skipped == [36]
-
-
-def test_three_skipped_steps_in_a_row_end_the_run_and_name_their_rows(tmp_path):
-    guard = LossGuard(tokens_per_step=1, total_steps=9, folder=tmp_path, rows_of_step=lambda step: [step * 10])
-    for step, loss in enumerate([1.0, math.inf, math.nan, 1.0, math.nan, math.nan], start=1):
-        guard.see(step, loss)
-    with pytest.raises(UserError, match="steps 5 to 7 of 9"):
-        guard.see(7, math.nan)
-    noted = json.loads((tmp_path / "not-finite.json").read_text())
-    assert noted == {"steps": [5, 6, 7], "training_rows": {"5": [50], "6": [60], "7": [70]}, "skipped_before": [2, 3]}
 
 
 def test_with_padding_the_cut_into_micro_batches_does_not_change_the_gradient():

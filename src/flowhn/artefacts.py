@@ -39,9 +39,11 @@ class Artefact:
         suite: of ``long_context``: by size, overrides of ``configs/eval/long_context.yaml``.
         bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count). Their
             budget is ``gpu`` on a machine that has one, unless another is asked for.
-        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens.
+        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens; ``flowhn_no`` is FlowHN with
+            ``split=no`` alone (``flowhn_<split>`` wins over ``flowhn``).
         seeds: by size, the seeds of cells that are trained more than once.
-        like: the artefact whose ``lr`` and ``seeds`` hold here.
+        like: the artefact whose ``lr`` and ``seeds`` hold here; ``lr_like`` takes its ``lr`` alone. Runs that are the same
+            there and here are then trained once.
         gap: ``of`` a cell ``to`` others in validation loss: the table says how much of it each row closes.
     """
 
@@ -60,6 +62,7 @@ class Artefact:
     lr: dict[str, dict[str, float]] = field(default_factory=dict)
     seeds: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     like: str | None = None
+    lr_like: str | None = None
     gap: dict[str, Any] | None = None
 
 
@@ -90,6 +93,8 @@ def load_artefact(name: str) -> Artefact:
     if artefact.like is not None:
         other = load_artefact(artefact.like)
         artefact = replace(artefact, lr=other.lr, seeds=other.seeds)
+    elif artefact.lr_like is not None:
+        artefact = replace(artefact, lr=load_artefact(artefact.lr_like).lr)
     return artefact
 
 
@@ -185,8 +190,9 @@ def _size(overrides: Sequence[str]) -> str:
 def _plan_tuned(artefact: Artefact, overrides: list[str]) -> Run:
     """The run, with the artefact's learning rate for its model, size and budget where the user gives none."""
     run = plan(compose("train", overrides))
-    rates = artefact.lr.get(run.config["choices"]["size"], {})
-    rate = rates.get(run.config["choices"]["model"])
+    choices = run.config["choices"]
+    rates = artefact.lr.get(choices["size"], {})
+    rate = rates.get(f"{choices['model']}_{choices['split']}", rates.get(choices["model"]))
     if rate is None or run.config["tokens"] > rates["max_tokens"] or any(w.startswith("lr=") for w in overrides):
         return run
     return plan(compose("train", [*overrides, f"lr={rate}"]))

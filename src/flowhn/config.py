@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +148,7 @@ def _check_overrides(overrides: list[str]) -> None:
     known = groups()
     parser = OverridesParser.create()
     for override in overrides:
-        shown = override if len(override) <= _LONGEST_SHOWN else f"{override[:_LONGEST_SHOWN]}..."
+        shown = shorten(override)
         if "\0" in override:
             raise UserError(f"the override {shown!r} holds a NUL character; leave it out")
         try:
@@ -229,32 +229,62 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_targets(tree: Any) -> None:
-    """Refuse a model tree that names anything but the classes of ``flowhn.models``.
+    """Refuse a stored model tree that names anything but the classes of ``flowhn.models``, or that is not resolved.
 
     Hydra calls whatever ``_target_`` names, so a run's folder from somebody else could otherwise run any code. The names
-    are compared as they stand and never resolved: a path such as ``flowhn.models.torch.load`` is not on the list.
+    are compared as they stand and never resolved: a path such as ``flowhn.models.torch.load`` is not on the list. A stored
+    tree is resolved already, and what is checked here has to be what is built: an interpolation would be resolved later, by
+    Hydra, and can hold a target of its own (``${oc.create:...}``) or read the environment.
 
     Raises:
-        UserError: another target.
+        UserError: another target, or an interpolation.
     """
     import flowhn.models
 
     exported = {name for name in flowhn.models.__all__ if isinstance(getattr(flowhn.models, name), type)}
+    allowed = {f"flowhn.models.{name}" for name in exported}
+    for node in _nodes(tree):
+        target = node.get("_target_") if isinstance(node, Mapping) else None
+        if target is not None and (not isinstance(target, str) or target not in allowed):
+            raise UserError(
+                f"the run's config names _target_={shorten(target)}, which is not a class of flowhn.models, and loading it could "
+                "run any code; load it with trust=True (--trust) only if you know where the run comes from"
+            )
+    check_resolved(tree)
+
+
+def check_resolved(tree: Any) -> None:
+    """Refuse a stored tree with an interpolation in a key or a value; what training stores has none.
+
+    Raises:
+        UserError: there is one.
+    """
+    for node in _nodes(tree):
+        texts = node if isinstance(node, Mapping) else [node]
+        found = next((text for text in texts if isinstance(text, str) and "${" in text), None)
+        if found is not None:
+            raise UserError(
+                f"the run's config holds the interpolation {shorten(found)}, which training never stores, and resolving it "
+                "could run any code; restore config.json or train the run again"
+            )
+
+
+def _nodes(tree: Any) -> Iterator[Any]:
+    """A tree of plain containers, its containers and all that they hold."""
     pending = [tree]
     while pending:
         node = pending.pop()
+        yield node
         if isinstance(node, Mapping):
-            target = node.get("_target_")
-            if target is not None and (
-                not isinstance(target, str) or target not in {f"flowhn.models.{n}" for n in exported}
-            ):
-                raise UserError(
-                    f"the run's config names _target_={target}, which is not a class of flowhn.models, and loading it could "
-                    "run any code; load it with trust=True (--trust) only if you know where the run comes from"
-                )
             pending.extend(node.values())
         elif isinstance(node, list | tuple):
             pending.extend(node)
+
+
+def shorten(value: Any) -> str:
+    """A value from a file of somebody else, as a message repeats it."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def build_model(config: Mapping[str, Any]) -> CausalLM:

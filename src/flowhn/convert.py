@@ -1,11 +1,11 @@
 """``flowhn-convert``: weights of the paper's published code as a folder that flowhn loads; a checkpoint as one file.
 
-    flowhn-convert published WEIGHTS.safetensors|.pth --config CONFIG.json --out DIR
+    flowhn-convert published WEIGHTS.safetensors|.pth|.ckpt --config CONFIG.json --out DIR
     flowhn-convert checkpoint outputs/runs/NAME/checkpoints/step-00000120.ckpt --out FILE.safetensors
 
 CONFIG.json holds the keys of :class:`flowhn.models.convert.published.PublishedConfig`. DIR is then loaded like a finished
-run: ``flowhn.load(DIR)``. A ``.pth`` is read with ``weights_only=True``; nothing in it is ever executed. A checkpoint is a
-file, or the folder that sharded training (trainer=fsdp) on any number of devices wrote.
+run: ``flowhn.load(DIR)``. A ``.pth`` (``.pt``, ``.bin``, ``.ckpt``) is read with ``weights_only=True``; nothing in it is
+ever executed. A checkpoint is a file, or the folder that sharded training (trainer=fsdp) on any number of devices wrote.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from flowhn.models.convert.published import PublishedConfig
 
 _TRAINED_LENGTH = 1024  # tokens a row, in the published training scripts (paper.md)
-_WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys under which a checkpoint often holds its weights
+# Keys under which a checkpoint often holds its weights (module: DeepSpeed's), and how many may lie in one another.
+_WRAPPERS = ("model_state_dict", "state_dict", "model", "module", "net")
+_DEEPEST = 8
 # Put into names by torch.compile, DistributedDataParallel, FSDP and activation checkpointing, at any depth.
 _WRAPPED = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
@@ -49,7 +51,7 @@ def _main(argv: Sequence[str]) -> int:
         description="Turn a state dict of the paper's published code into a folder for flowhn.load.",
         allow_abbrev=False,
     )
-    published.add_argument("weights", type=Path, help="its state dict: a .safetensors or a .pth file")
+    published.add_argument("weights", type=Path, help="its state dict: a .safetensors, .pth or .ckpt file")
     published.add_argument("--config", type=Path, required=True, help="its config: a JSON object with mode and sizes")
     published.add_argument("--out", type=Path, required=True, help="folder to write, made if it is not there")
     checkpoint = kinds.add_parser(
@@ -101,7 +103,7 @@ def convert_published(weights: Path, config: Path, out: Path) -> None:
     from safetensors.torch import save_file
 
     from flowhn.models.convert.published import PublishedConfig
-    from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, write_json
+    from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, file_sha256, write_json
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out={out} is there already; give a new or an empty folder")
@@ -116,7 +118,8 @@ def convert_published(weights: Path, config: Path, out: Path) -> None:
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(f"--out={out} cannot be written ({error}); free some space or give another folder") from error
-    write_json(out / CONFIG_NAME, {"run_id": None, "name": out.name, "config": run_config})
+    about = {"run_id": None, "name": out.name, "config": run_config}
+    write_json(out / CONFIG_NAME, about | {"weights_sha256": file_sha256(out / WEIGHTS_NAME)})
 
 
 def _read_json(path: Path) -> Any:
@@ -167,20 +170,22 @@ def _run_config(published: PublishedConfig, weights: Path) -> dict[str, Any]:
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or ``.pth`` file by name, without wrappers' prefixes.
+    """The tensors of a ``.safetensors`` or ``.pth`` (``.pt``, ``.bin``, ``.ckpt``) file by name, without wrappers' prefixes
+    and without rotary embeddings' ``inv_freq``, which older versions of transformers save and nobody trains.
 
     Raises:
-        UserError: no such file, another kind of file, a damaged one, a pickled module, something else than tensors.
+        UserError: no such file, another kind of file, a damaged one, a pickled module, something else than tensors, weights
+            that are NaN or infinite in float32.
     """
     if not path.is_file():
         raise UserError(f"there is no file {path}; give the published code's state dict (.safetensors or .pth)")
     if path.suffix == ".safetensors":
         content = _read_safetensors(path)
-    elif path.suffix in (".pth", ".pt", ".bin"):
+    elif path.suffix in (".pth", ".pt", ".bin", ".ckpt"):
         content = _read_pickle(path)
     else:
         raise UserError(
-            f"{path} is neither .safetensors nor .pth; give the published code's state dict as one of these"
+            f"{path} is neither .safetensors nor .pth (.pt, .bin, .ckpt); give the published code's state dict as one of these"
         )
     return _tensors(content, path)
 
@@ -216,17 +221,27 @@ def _read_pickle(path: Path) -> Any:
 def _tensors(content: Any, path: Path) -> dict[str, Tensor]:
     import torch
 
-    while isinstance(content, Mapping) and (keys := [k for k in _WRAPPERS if isinstance(content.get(k), Mapping)]):
-        content = content[keys[0]]
+    for _ in range(_DEEPEST):  # a pickle may hold itself
+        inner = [content[k] for k in _WRAPPERS if isinstance(content, Mapping) and isinstance(content.get(k), Mapping)]
+        content = inner[0] if inner else content
     fits = isinstance(content, Mapping) and content
     if not fits or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in content.items()):
         raise UserError(
             f"{path} holds no state dict (names and tensors); save it with torch.save(model.state_dict(), 'weights.pth')"
         )
-    tensors = _unwrapped(content)
+    tensors = _unwrapped({k: v for k, v in content.items() if not f".{k}".endswith(".inv_freq")})
     odd = [name for name, t in tensors.items() if not t.is_floating_point() or t.layout != torch.strided]
     if odd:
         raise UserError(f"{path} holds {odd[0]} as {tensors[odd[0]].dtype}; save plain floating-point weights")
+    hollow = [name for name, t in tensors.items() if t.is_meta]
+    if hollow:
+        raise UserError(f"{path} holds no values for {hollow[0]} (device meta); save the weights after they are loaded")
+    bad = [name for name, t in tensors.items() if not torch.isfinite(t.to(torch.float32)).all()]
+    if bad:
+        raise UserError(
+            f"{path} holds NaN or infinite values in {bad[0]} ({len(bad)} of {len(tensors)} tensors, read as float32); give a "
+            "checkpoint from before training went wrong"
+        )
     return tensors
 
 

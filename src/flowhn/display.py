@@ -13,14 +13,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from flowhn.runs import Progress as RunProgress
 
 _EVAL_WEIGHT = 0.15  # of a run's work, for the estimate of the time left; training has the rest
-_LINE_SECONDS = 20.0  # between two lines when the output is a file or a CI log
+_LINE_SECONDS = 20.0  # between two lines when the output is a file or a CI log, at first
+_LINES = 500  # a later line waits for this part of the time gone by: a week's log has about 2,500 lines, 0.3 MB
 
 
 class Display:
     """Context manager; ``watch(name)`` gives the callback that a run reports to.
 
     On a terminal it draws two live bars (all runs, this run). Elsewhere it writes a plain line when a run begins and ends
-    and every 20 seconds in between, so that logs stay short and still show life.
+    and every 20 seconds in between, less often after three hours, so that logs stay short and still show life.
     """
 
     def __init__(self, *, title: str, n_runs: int, console: Console | None = None) -> None:
@@ -74,7 +75,8 @@ class Display:
             self._bars.update(self._one, completed=whole, state=state)
             self._bars.update(self._all, completed=self._n_done + whole, state=f"{self._n_done}/{self._n_runs} runs")
             now = time.monotonic()
-            if not self.console.is_terminal and now - self._last_line > _LINE_SECONDS:
+            pause = max(_LINE_SECONDS, (now - self._begun) / _LINES)
+            if not self.console.is_terminal and now - self._last_line > pause:
                 self._last_line = now
                 done = (self._n_done + whole) / self._n_runs
                 left = (now - self._begun) * (1 - done) / done if done > 0.01 else float("nan")

@@ -193,24 +193,29 @@ def _memory() -> Iterator[Finding]:
     free = psutil.virtual_memory().available
     enough = free >= _NEEDED_MEMORY
     text = f"{free / 1e9:,.1f} GB available; the laptop run needs less than {_NEEDED_MEMORY / 1e9:.0f}"
-    yield Finding("memory", "ok" if enough else "note", text, "" if enough else "close other programs")
+    yield Finding("memory", "ok" if enough else "fail", text, "" if enough else "close other programs")
 
 
 def _training() -> Iterator[Finding]:
-    """One step of every kind of layer through the whole model, as the main job will do it."""
+    """One step of every kind of layer through the whole model, where and as precisely as the main job will do it."""
     import torch
 
     from flowhn.config import build_model, compose, to_dict
+    from flowhn.training import resolve_hardware
 
     config = to_dict(compose("train", ["model=flowhn", "split=fac", "size=tiny"]))
-    model = build_model(config)
-    ids = torch.randint(config["vocab_size"], (2, 33), generator=torch.Generator().manual_seed(0))
-    logits = model(ids[:, :-1])
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    hardware = resolve_hardware(config)
+    kind = hardware.device.type
+    model = build_model(config).to(hardware.device)
+    ids = torch.randint(config["vocab_size"], (2, 33), generator=torch.Generator().manual_seed(0)).to(hardware.device)
+    with torch.autocast(kind, torch.bfloat16, enabled=hardware.precision == "bf16-mixed"):
+        logits = model(ids[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
     loss.backward()
     value = loss.item()
     good = math.isfinite(value)
-    yield Finding("main job", "ok" if good else "fail", f"FlowHN tiny, one step on the CPU: loss {value:.2f}")
+    text = f"FlowHN tiny, one step on {kind}, precision {hardware.precision}: loss {value:.2f}"
+    yield Finding("main job", "ok" if good else "fail", text)
 
 
 def _hub() -> Iterator[Finding]:

@@ -14,9 +14,9 @@ from flowhn.config import build_model
 from flowhn.errors import UserError
 from flowhn.reporting.record import RunRecord, config_hash, environment, write_record
 from flowhn.run_balance import balance_by_time
-from flowhn.run_folder import CONFIG_NAME, TRAINED_NAME, write_json
+from flowhn.run_folder import describe_run
 from flowhn.run_tracking import close_run
-from flowhn.run_training import Trained, fit_run, real_tokens_per_step, train_run
+from flowhn.run_training import Trained, fit_run, real_tokens_per_step, train_run, trained_before
 from flowhn.runs import Progress, Run, cell_name, process_rank
 
 
@@ -80,7 +80,8 @@ class Workshop:
         record = None
         try:
             with lock.acquire(timeout=0):
-                record = self._run_locked(run, on_progress, say)
+                # Looked for again: another process may have written it since.
+                record = run.record() or self._run_locked(run, on_progress, say)
                 return record
         except Timeout:
             raise UserError(
@@ -93,7 +94,7 @@ class Workshop:
         """A process beside the first (another device): takes its share of the training and ends; the first does the rest."""
         from flowhn.training import resolve_hardware, seed_everything
 
-        if not (run.folder / TRAINED_NAME).is_file():
+        if trained_before(run.folder)[0] is None:
             prepared = self.prepare(run.config)
             seed_everything(run.config["seed"])
             hardware = resolve_hardware(run.config)
@@ -105,7 +106,7 @@ class Workshop:
         from flowhn.training import seed_everything
 
         begun = time.monotonic()
-        write_json(run.folder / CONFIG_NAME, {"run_id": run.run_id, "name": run.name, "config": run.config})
+        describe_run(run)
         prepared = self.prepare(run.config, on_progress)
         seed_everything(run.config["seed"])
         trained = train_run(run, prepared, on_progress, say)

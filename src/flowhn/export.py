@@ -62,7 +62,9 @@ def export_run(run: Path, out: Path) -> None:
 
     from flowhn.loading import load_run
 
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = out.absolute()  # "." has no name of its own
+    is_there = out.exists()
+    if is_there and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"OUT_DIR={out} is there already; give a new or an empty folder")
     loaded = load_run(run)
     model = _hugging_face_model(loaded)
@@ -75,9 +77,12 @@ def export_run(run: Path, out: Path) -> None:
             text = f'from flowhn.hf.{module} import {class_name}\n\n__all__ = ["{class_name}"]\n'
             (partial / name).write_text(text, encoding="utf-8")
         _write_tokenizer(loaded, partial)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        if is_there:  # kept: it may be somebody's working folder
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "config.json"):
+                path.rename(out / path.name)  # without config.json, the last one, it does not look whole
+            partial.rmdir()
+        else:
+            partial.rename(out)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"OUT_DIR={out} cannot be written ({error}); free some space or give another folder") from error

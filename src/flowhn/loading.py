@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from flowhn.config import build_model, check_targets
+from flowhn.config import build_model, check_resolved, check_targets
 from flowhn.data.prepared import TOKENIZER_NAMES
 from flowhn.data.tokenization import TextTokenizer, open_tokenizer
 from flowhn.errors import UserError
@@ -30,26 +31,34 @@ class LoadedRun:
     tokenizer: TextTokenizer | None
 
 
-def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: bool = False) -> LoadedRun:
+def load_run(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    trust: bool = False,
+    config: Mapping[str, Any] | None = None,
+) -> LoadedRun:
     """Load a run's folder (``outputs/runs/...``).
 
     Args:
         folder: the run.
         device: where the model goes.
         trust: also build classes from outside ``flowhn.models`` that the run's config names (a split of one's own).
+        config: the caller's own configuration of this run. The model is built from it and not from the folder's, so that
+            own classes need no trust in what lies there.
 
     Raises:
         UserError: no such run, a run that is not finished, weights that are damaged or belong to another model, or a
-            config that names foreign classes without ``trust``.
+            config that names foreign classes without ``trust`` or that is not resolved.
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
         raise UserError(f"{folder} is not the folder of a run (no {CONFIG_NAME}); give one of outputs/runs/")
     try:
         content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        config, wanted = content["config"], content.get("tokenizer_sha256")
-        lacks = next((key for key in _NEEDED if key not in config), None)
-        if lacks or not isinstance(config["model"], dict):
+        stored, wanted = content["config"], content.get("tokenizer_sha256")
+        lacks = next((key for key in _NEEDED if key not in stored), None)
+        if lacks or not isinstance(stored["model"], dict):
             raise KeyError(lacks or "model")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG_NAME} is damaged; train the run again or restore the file") from error
@@ -57,10 +66,13 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: b
         raise UserError(
             f"{folder} has no {WEIGHTS_NAME}: its training is not finished; run its command again to finish it"
         )
-    if trust:
-        look_here()
-    else:
-        check_targets(config["model"])
+    if config is None:
+        config = stored
+        if trust:
+            look_here()
+            check_resolved(config["model"])
+        else:
+            check_targets(config["model"])
     model = build_model(config)
     load_weights(model, folder / WEIGHTS_NAME, sha256=content.get("weights_sha256"))
     if wanted is not None and (found := tokenizer_hash(folder)) not in (None, wanted):
@@ -68,7 +80,7 @@ def load_run(folder: str | Path, *, device: str | torch.device = "cpu", trust: b
             f"the tokenizer in {folder} is not the one it was trained with ({found[:8]} instead of {wanted[:8]}); restore it"
         )
     tokenizer = next((folder / name for name in TOKENIZER_NAMES if (folder / name).exists()), None)
-    return LoadedRun(folder, config, model.to(device).eval(), open_tokenizer(tokenizer) if tokenizer else None)
+    return LoadedRun(folder, dict(config), model.to(device).eval(), open_tokenizer(tokenizer) if tokenizer else None)
 
 
 def load_weights(model: torch.nn.Module, path: Path, *, sha256: str | None = None) -> None:

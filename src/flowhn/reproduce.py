@@ -171,6 +171,7 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
     """
     from flowhn.reporting.ablations import write_ablation
     from flowhn.reporting.artefact import keep_records, write_artefact
+    from flowhn.reporting.speeds import day_spreads
     from flowhn.run_branches import measure_runs
     from flowhn.run_long_context import measure_long_context
 
@@ -197,7 +198,7 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
         _count_overlap(config, folder)
         write_artefact(
             records, folder, title=artefact.title, figures=artefact.figures, expected=expected,
-            tables=artefact.tables, gap=artefact.gap,
+            tables=artefact.tables, gap=artefact.gap, days=day_spreads(Path("experiments")),
         )  # fmt: skip
     return folder
 

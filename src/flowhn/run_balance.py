@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowhn.config import build_model
 from flowhn.reporting.record import config_hash
-from flowhn.run_folder import CONFIG_NAME, write_json
+from flowhn.run_folder import describe_run
 
 if TYPE_CHECKING:
     from flowhn.runs import Run
@@ -60,4 +60,4 @@ def balance_by_time(run: Run, hardware: Any, say: Callable[[str], None]) -> None
     set_ratio(config["model"], found.ratio)
     config["measured_balance"] = asdict(found)
     split["ratio"] = found.ratio
-    write_json(run.folder / CONFIG_NAME, {"run_id": run.run_id, "name": run.name, "config": config})
+    describe_run(run)

@@ -71,7 +71,7 @@ def _measure(run: Run) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # torchdata's own use of a torch function that is going away
         batches = [(b["input_ids"].to(device), b["labels"].to(device)) for b in data.val_dataloader()]
-    model = load_run(run.folder, device=device, trust=True).model  # the run's config is the caller's own
+    model = load_run(run.folder, device=device, config=config).model  # the caller's own, never the folder's
     return {
         "run_id": run.run_id,
         "cell": config["cell"],

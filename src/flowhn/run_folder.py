@@ -1,6 +1,7 @@
 """What lies in a run's folder, and how it gets there: configuration, weights, tokenizer.
 
-Files are written under another name and renamed, so that a reader finds the old one or the new one, never half of it.
+Files are written under another name, flushed to disk and renamed, so that a reader finds the old one or the new one, never
+half of it, after a power cut too: the checkpoints are deleted when the last of them is there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ RECORD_NAME = "record.json"
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 TRAINED_NAME = "trained.json"  # training is done, the evaluation is not
+HASHES = ("tokenizer_sha256", "weights_sha256")  # in config.json, once training is done
 
 
 def save_weights(model: Any, folder: Path) -> None:
@@ -44,12 +46,14 @@ def save_tensors(tensors: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file(weights, temporary, metadata={"format": "pt"})
+        sync(temporary)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} cannot be written ({error}); free some space or set output_dir= elsewhere and run again"
         ) from error
     os.replace(temporary, path)
+    sync(path.parent)
 
 
 def copy_tokenizer(prepared: Any, folder: Path) -> None:
@@ -57,10 +61,50 @@ def copy_tokenizer(prepared: Any, folder: Path) -> None:
     source = prepared.tokenizer_file
     if source is None:
         return
+    target = folder / source.name
     if source.is_dir():
-        shutil.copytree(source, folder / source.name, dirs_exist_ok=True)
+        shutil.copytree(source, target, dirs_exist_ok=True)
     else:
-        shutil.copyfile(source, folder / source.name)
+        shutil.copyfile(source, target)
+    for path in (target, *target.rglob("*")):
+        sync(path)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or what a folder lists, to disk; Windows cannot open folders and does without.
+
+    Raises:
+        OSError: the disk refused a file's content.
+    """
+    if path.is_dir():
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+    else:
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+def describe_run(run: Any, **hashes: str | None) -> None:
+    """Write ``config.json`` of a :class:`~flowhn.runs.Run`: its id, name, configuration and, of a trained one, ``HASHES``.
+
+    Without ``hashes`` those of a training that is done stay: they are all that tells damaged weights from whole ones.
+    """
+    if not hashes and (run.folder / TRAINED_NAME).is_file():
+        hashes = stored_hashes(run.folder)
+    write_json(run.folder / CONFIG_NAME, {"run_id": run.run_id, "name": run.name, "config": run.config} | hashes)
+
+
+def stored_hashes(folder: Path) -> dict[str, str | None]:
+    """Those of ``HASHES`` that a run's ``config.json`` tells; none where it cannot be read."""
+    try:
+        content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        return {key: content[key] for key in HASHES if key in content}
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def file_sha256(path: Path) -> str:
@@ -88,7 +132,9 @@ def write_json(path: Path, content: Any) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except OSError:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

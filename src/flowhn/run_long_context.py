@@ -36,7 +36,7 @@ def evaluate_long(run: Run, suite: Mapping[str, Any], workshop: Any) -> dict[str
     if not (run.folder / WEIGHTS_NAME).is_file():
         raise UserError(f"{run.folder} has no {WEIGHTS_NAME} to evaluate; run again with --force")
     hardware = resolve_hardware(run.config)
-    loaded = load_run(run.folder, device=hardware.device, trust=True)  # the run's config is the caller's own
+    loaded = load_run(run.folder, device=hardware.device, config=run.config)
     prepared = workshop.prepare(run.config)
     result = workshop.evaluate(
         loaded.model,

@@ -7,17 +7,20 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flowhn.config import build_model
 from flowhn.errors import UserError
 from flowhn.run_balance import balance_by_time
 from flowhn.run_folder import (
-    CONFIG_NAME,
     TRAINED_NAME,
     WEIGHTS_NAME,
     copy_tokenizer,
+    describe_run,
+    file_sha256,
     save_weights,
+    stored_hashes,
     tokenizer_hash,
     write_json,
 )
@@ -35,8 +38,11 @@ class Trained:
 
 
 def train_run(run: Run, prepared: Any, on_progress: Callable[[Progress], None], say: Callable[[str], None]) -> Trained:
-    """Train, or load what an earlier call trained before it was stopped in the evaluation."""
-    from flowhn.loading import load_weights
+    """Train, or load what an earlier call trained before it was stopped in the evaluation.
+
+    Raises:
+        UserError: what an earlier call trained is damaged, and there is no checkpoint to go on from.
+    """
     from flowhn.training import resolve_hardware
 
     config, folder = run.config, run.folder
@@ -44,10 +50,8 @@ def train_run(run: Run, prepared: Any, on_progress: Callable[[Progress], None], 
     _set_determinism(config["trainer"]["deterministic"])
     balance_by_time(run, hardware, say)
     model = build_model(config)
-    done = folder / TRAINED_NAME
-    if done.is_file() and (folder / WEIGHTS_NAME).is_file():
-        load_weights(model, folder / WEIGHTS_NAME)
-        return Trained(model.to(hardware.device).eval(), hardware, json.loads(done.read_text(encoding="utf-8")))
+    if (fitted := _load_trained(run, model, say)) is not None:
+        return Trained(model.to(hardware.device).eval(), hardware, fitted)
     try:
         result = fit_run(run, model, prepared, hardware, on_progress, say)
     except RuntimeError as error:
@@ -60,10 +64,51 @@ def train_run(run: Run, prepared: Any, on_progress: Callable[[Progress], None], 
     fitted["kernels"] = _kernels(model, hardware)
     save_weights(model, folder)
     copy_tokenizer(prepared, folder)
-    described = {"run_id": run.run_id, "name": run.name, "config": config}
-    write_json(folder / CONFIG_NAME, described | {"tokenizer_sha256": tokenizer_hash(folder)})
-    write_json(done, fitted)
+    describe_run(run, tokenizer_sha256=tokenizer_hash(folder), weights_sha256=file_sha256(folder / WEIGHTS_NAME))
+    write_json(folder / TRAINED_NAME, fitted)
     return Trained(model.to(hardware.device).eval(), hardware, fitted)
+
+
+def trained_before(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """What ``trained.json`` of a run's folder says (None: training is not done, or damaged), and what is damaged.
+
+    Each process of a run asks for itself, with the same answer: all train, or none.
+    """
+    done, weights = folder / TRAINED_NAME, folder / WEIGHTS_NAME
+    if not done.is_file() or not weights.is_file():
+        return None, None
+    try:
+        fitted = json.loads(done.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        fitted = None
+    if not isinstance(fitted, dict) or "curves" not in fitted:
+        return None, f"{done} is damaged"
+    wanted = stored_hashes(folder).get("weights_sha256")
+    if wanted is not None and wanted != file_sha256(weights):
+        return None, f"the weights {weights} are damaged (not the bytes that training wrote)"
+    return fitted, None
+
+
+def _load_trained(run: Run, model: Any, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Put the trained weights into ``model``; None: train, from the newest checkpoint where these were damaged."""
+    from flowhn.loading import load_weights
+    from flowhn.training.checkpoints import latest_valid_checkpoint
+    from flowhn.training.loop import CHECKPOINTS
+
+    fitted, fault = trained_before(run.folder)
+    if fitted is not None:
+        try:
+            load_weights(model, run.folder / WEIGHTS_NAME)
+        except UserError as error:
+            fault = str(error).partition("; ")[0]
+        else:
+            return fitted
+    if fault is not None:
+        if latest_valid_checkpoint(run.folder / CHECKPOINTS, content=True).path is None:
+            raise UserError(f"{fault}, and there is no checkpoint to go on from; run again with --force")
+        say(f"{fault}; training goes on from the checkpoint")
+        (run.folder / TRAINED_NAME).unlink(missing_ok=True)
+    return None
 
 
 def _set_determinism(wanted: bool) -> None:

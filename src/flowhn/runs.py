@@ -109,9 +109,9 @@ def _folder(runs: Path, name: str, run_id: str) -> Path:
     return next((path for path in sorted(runs.glob(f"*-{run_id}")) if path.is_dir()), own)
 
 
-def count_parameters(config: Mapping[str, Any]) -> int:
-    """Parameters of a configuration's model, counted on the meta device (nothing is allocated)."""
+def meta_model(config: Mapping[str, Any]) -> Any:
+    """A configuration's model on the meta device: its shapes are there, and nothing is allocated."""
     import torch
 
     with torch.device("meta"):
-        return build_model(config).num_parameters()
+        return build_model(config)

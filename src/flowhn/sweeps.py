@@ -23,6 +23,7 @@ from flowhn.run_folder import write_json
 
 JOB_NAME = "job.json"
 LOG_NAME = "error.log"
+KEPT_LOGS = 3  # of earlier attempts, beside that of the last one
 UNFINISHED = "it did not end (stopped, killed or out of memory); the same command goes on from its last checkpoint"
 WORST = math.inf  # what a search is told of a run that failed
 _taken: dict[Path, Any] = {}  # sweep's folder -> lock of the device that this process has
@@ -37,6 +38,16 @@ class Job:
     record: str | None = None
     error: str | None = None
     log: str | None = None
+
+
+def rotate(log: Path) -> None:
+    """Keep what an earlier attempt said: ``output.log`` becomes ``output.log.1``, that ``output.log.2``, up to ``KEPT_LOGS``."""
+    if not log.is_file() or not log.stat().st_size:
+        return
+    for number in range(KEPT_LOGS, 0, -1):
+        older = log.with_name(f"{log.name}.{number - 1}") if number > 1 else log
+        if older.is_file():
+            os.replace(older, log.with_name(f"{log.name}.{number}"))
 
 
 def run_job(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
+from flowhn.child import run_child
 from flowhn.cli import run_entry
 from flowhn.config import compose, config_dir, register_resolvers
 from flowhn.display import Display
@@ -24,7 +24,7 @@ from flowhn.errors import UserError
 from flowhn.experiment import Workshop, summary
 from flowhn.reporting.record import RunRecord
 from flowhn.runs import join_submitit_job, plan, process_rank
-from flowhn.sweeps import WORST, read_jobs, run_job, take_device, write_summary
+from flowhn.sweeps import WORST, read_jobs, rotate, run_job, take_device, write_summary
 
 # These belong to Hydra's own command line; a plain run is composed by ours, whose errors are one sentence.
 _HYDRA_FLAGS = {
@@ -40,6 +40,15 @@ _HYDRA_FLAGS = {
     "--resolve",
     "--package",
     "-p",
+}
+
+
+# Value of the groups launcher and sweep -> the plugin of Hydra that it is.
+_PLUGINS = {
+    "joblib": "hydra_plugins.hydra_joblib_launcher",
+    "local": "hydra_plugins.hydra_submitit_launcher",
+    "slurm": "hydra_plugins.hydra_submitit_launcher",
+    "optuna": "hydra_plugins.hydra_optuna_sweeper",
 }
 
 
@@ -99,19 +108,24 @@ def _check_sweep(argv: Sequence[str]) -> None:
             word = f"{override.input_line.partition('=')[0]}={next(override.sweep_string_iterator())}"
         if not override.is_interval_sweep():
             first.append(word)
-    needs = {"joblib": "hydra_joblib_launcher", "local": "submitit", "slurm": "submitit", "optuna": "optuna"}
     for word in first:
         key, _, value = word.partition("=")
         if key not in ("launcher", "sweep"):
             continue
-        package = needs.get(value)
-        if package and not any(importlib.util.find_spec(name) for name in (package, f"hydra_plugins.{package}")):
+        if value in _PLUGINS and not _is_installed(_PLUGINS[value]):
             raise UserError(f"{key}={value} needs packages that are not installed; pip install 'flowhn[sweep]'")
         if value == "slurm" and shutil.which("srun") is None:
             raise UserError(
                 "launcher=slurm needs Slurm's srun, which is not on this machine's PATH; use launcher=joblib"
             )
     compose("train", first)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it: no plugin at all is installed
+        return False
 
 
 def _job(cfg: DictConfig) -> float:
@@ -141,21 +155,26 @@ def _job(cfg: DictConfig) -> float:
 def _run_apart(cfg: DictConfig, overrides: Sequence[str], folder: Path) -> tuple[RunRecord, Path]:
     """A run on several devices, as a command of its own: each further process repeats the command that started the first.
 
+    Its output is added to ``output.log`` of ``folder``.
+
     Raises:
         UserError: it ended without a record; its own sentence, and where its output is.
+        KeyboardInterrupt, SystemExit: it was stopped by a signal (:func:`~flowhn.child.run_child`).
     """
     run = plan(cfg)
     record = run.record()
     if record is None:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "output.log"
-        with log.open("w", encoding="utf-8") as output:
-            command = [sys.executable, "-m", "flowhn.train", *overrides]
-            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+        rotate(log)
+        with log.open("ab") as output:
+            begun = output.tell()
+            code = run_child([sys.executable, "-m", "flowhn.train", *overrides], output)
         record = run.record()
         if record is None:
-            told = [line for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("error: ")]
-            reason = told[-1].removeprefix("error: ") if told else f"it ended with exit code {done.returncode}"
+            lines = log.read_bytes()[begun:].decode("utf-8", errors="replace").splitlines()
+            told = [line for line in lines if line.startswith("error: ")]
+            reason = told[-1].removeprefix("error: ") if told else f"it ended with exit code {code}"
             raise UserError(f"{reason} (output: {log})")
     sys.stdout.write(f"{run.name}: {summary(record)}\nrecord: {run.record_path}\n")
     return record, run.record_path.absolute()

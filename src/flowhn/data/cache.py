@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flowhn.data.corpora import open_corpus
+from flowhn.data.disk import disk_estimate, shown_bytes
 from flowhn.data.prepared import STATS_NAME, PreparedData
 from flowhn.data.tokenization import tokenizer_fingerprint
 from flowhn.errors import UserError
@@ -20,6 +21,7 @@ from flowhn.errors import UserError
 CODE_VERSION = 3  # raise it whenever the same input would give other tokens
 _LARGEST = 2**31 - 1  # token ids and places are 32-bit numbers
 PACKINGS = ("pack", "pad")
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
 # These name places or ways of working; what they lead to is in the fingerprints.
 _NOT_IN_KEY = {"path", "val_path", "tokenizer", "num_proc", "loss_on_padding"}
 
@@ -100,19 +102,44 @@ def _build(target: Path, corpus: Any, spec: Mapping[str, Any], *, vocab_size: in
 
     # What a killed process left is gone on with; the lock says that nobody works on it.
     partial = target.with_name(f".building-{target.name}")
+    is_new = not partial.exists()
     partial.mkdir(exist_ok=True)
     try:
         with _quiet_datasets():
             if corpus is None:
                 _check_room(partial, spec, seq_len)
+            if is_new:
+                _tell_size(target.parent, spec, vocab_size=vocab_size, seq_len=seq_len, report=report)
+            if corpus is None:
                 build_random(partial, spec, vocab_size=vocab_size, seq_len=seq_len)
             else:
                 build_text(partial, corpus, spec, vocab_size=vocab_size, seq_len=seq_len, report=report)
         shutil.rmtree(target, ignore_errors=True)  # a folder without statistics is not a cache
         os.replace(partial, target)
-    except Exception:  # an interruption leaves what is done, for the next call
-        shutil.rmtree(partial, ignore_errors=True)
+    except Exception as error:
+        if not _is_disk_error(error):  # an interruption or a full disk leaves what is done, for the next call
+            shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _is_disk_error(error: BaseException | None) -> bool:
+    """Whether the disk refused, and not the data: what is built is good, and the same call may go on from it later."""
+    while error is not None:
+        if isinstance(error, OSError) and (error.errno in _DISK_ERRORS or "No space left" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _tell_size(
+    cache_dir: Path, spec: Mapping[str, Any], *, vocab_size: int, seq_len: int, report: Callable[[str], None]
+) -> None:
+    """Report how much disk the preparation will take; nothing for rows that are no numbers, which the build refuses."""
+    if spec["name"] == "random" and not all(isinstance(spec.get(key), int) for key in ("n_rows", "n_val_rows")):
+        return
+    at_peak, kept = disk_estimate(spec, vocab_size=vocab_size, seq_len=seq_len)
+    word = "at least" if spec.get("packing") == "pad" else "at most"
+    report(f"preparing data takes {word} {shown_bytes(at_peak)} of disk in {cache_dir}; {shown_bytes(kept)} stay")
 
 
 def _check_room(folder: Path, spec: Mapping[str, Any], seq_len: int) -> None:
@@ -160,7 +187,10 @@ def _disk_errors(cache_dir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC or "No space left" in str(error):
-            raise UserError(f"no disk space left under cache_dir={cache_dir}; free some or set cache_dir") from error
+            raise UserError(
+                f"no disk space left under cache_dir={cache_dir}; free some and run again, which goes on from what is "
+                "prepared, or set cache_dir"
+            ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise UserError(f"cache_dir={cache_dir} cannot be written ({error.strerror}); set cache_dir") from error
         raise

@@ -40,6 +40,20 @@ class Overlap:
     ngrams_found: int
 
 
+@dataclass(frozen=True)
+class Search:
+    """What was searched, and what was found.
+
+    Attributes:
+        tasks: task -> :class:`Overlap`.
+        documents, words: training documents read, and words in them. Without them an overlap of nothing says nothing.
+    """
+
+    tasks: dict[str, Overlap]
+    documents: int
+    words: int
+
+
 def question_texts(tasks: Mapping[str, Any], *, limit: int | None = None) -> dict[str, Iterator[list[str]]]:
     """What is asked in each task: per question the texts "context + answer" of all its answers.
 
@@ -64,7 +78,7 @@ def ngram_overlap(
     *,
     n: int = 13,
     on_progress: Callable[[int], None] | None = None,
-) -> dict[str, Overlap]:
+) -> Search:
     """Look for the questions' n-grams in the training text.
 
     Args:
@@ -72,9 +86,6 @@ def ngram_overlap(
         questions: task -> questions, each a sequence of texts (:func:`question_texts`).
         n: words of an n-gram.
         on_progress: called with the number of training documents read, after each.
-
-    Returns:
-        task -> :class:`Overlap`.
     """
     names = list(questions)
     owners: list[tuple[int, int]] = []  # (task, n-grams) of each question
@@ -86,11 +97,12 @@ def ngram_overlap(
             owners.append((place, len(unique)))
             parts.append(unique)
     wanted, position = np.unique(np.concatenate([*parts, np.empty(0, np.uint64)]), return_inverse=True)
-    found = _search(train, wanted, n, on_progress or (lambda done: None))[position]
+    found, documents, words = _search(train, wanted, n, on_progress or (lambda done: None))
+    found = found[position]
     tasks = np.array([task for task, _ in owners], dtype=np.int64)
     sizes = np.array([size for _, size in owners], dtype=np.int64)
     hits = np.bincount(np.repeat(np.arange(len(owners)), sizes), weights=found, minlength=len(owners)).astype(np.int64)
-    return {
+    found_in = {
         name: Overlap(
             questions=int(np.sum(tasks == place)),
             short=int(np.sum(sizes[tasks == place] == 0)),
@@ -100,32 +112,40 @@ def ngram_overlap(
         )
         for place, name in enumerate(names)
     }
+    return Search(found_in, documents, words)
 
 
-def _search(train: Iterable[str], wanted: np.ndarray, n: int, tell: Callable[[int], None]) -> np.ndarray:
-    """Which of the sorted hashes ``wanted`` occur in the documents: bool, one per hash."""
+def _search(
+    train: Iterable[str], wanted: np.ndarray, n: int, tell: Callable[[int], None]
+) -> tuple[np.ndarray, int, int]:
+    """Which of the sorted hashes ``wanted`` occur in the documents (bool, one per hash); documents and words read."""
+    number = n_words = 0
     found = np.zeros(len(wanted), dtype=bool)
     shift = np.uint64(64 - _SIEVE_BITS)
     sieve = np.zeros(2**_SIEVE_BITS, dtype=bool)
     sieve[wanted >> shift] = True
     for number, document in enumerate(train, start=1):
-        for words in _pieces(document, n):
+        for kept, words in _pieces(document, n):
+            n_words += len(words) - kept
             hashes = _hashes(words, n)
             hashes = hashes[sieve[hashes >> shift]]
             if len(wanted):
                 at = np.minimum(np.searchsorted(wanted, hashes), len(wanted) - 1)
                 found[at[wanted[at] == hashes]] = True
         tell(number)
-    return found
+    return found, number, n_words
 
 
-def _pieces(document: str, n: int) -> Iterator[np.ndarray]:
-    """Word hashes of a document, a bounded number at a time; a piece begins with the last n - 1 words of the one before."""
+def _pieces(document: str, n: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Word hashes of a document, a bounded number at a time; a piece begins with the last n - 1 words of the one before.
+
+    Yields how many of a piece's words are such, and the piece.
+    """
     words = (match.group() for match in _WORD.finditer(document.lower()))
     kept = np.empty(0, np.uint64)
     while len(fresh := _as_hashes(list(islice(words, _PIECE_WORDS)))):
         piece = np.concatenate([kept, fresh])
-        yield piece
+        yield len(kept), piece
         kept = piece[max(0, len(piece) - (n - 1)) :]
 
 

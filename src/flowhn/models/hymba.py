@@ -20,9 +20,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from flowhn.models.blocks import Carry, SwiGLU
 from flowhn.models.cache import BlockCache, Sight
 from flowhn.models.norms import RMSNorm
+from flowhn.models.sequential import Carry, SwiGLU
 
 
 class HymbaBlock(nn.Module):

@@ -6,7 +6,7 @@ when it exceeds the wider of the two rows' ranges over seeds; with one seed noth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pandas as pd
@@ -101,12 +101,7 @@ def ratio_answer(frame: pd.DataFrame) -> str:
 def ssm_answer(frame: pd.DataFrame) -> str:
     """Mamba-2 against Mamba-1 in the SSM branch, split by split."""
     losses, speeds = [], []
-    for _, part in frame.groupby("split", sort=False):
-        by = part.set_index("ssm")
-        if not {"mamba1", "mamba2"} <= set(by.index):
-            continue
-        one, two = by.loc["mamba1"].to_dict(), by.loc["mamba2"].to_dict()
-        name = str(one["label"]).partition(",")[0]
+    for name, one, two in _pairs(frame, "ssm", "mamba1", "mamba2"):
         if pd.notna(one["val_loss"]) and pd.notna(two["val_loss"]):
             losses.append(f"{two['val_loss'] - one['val_loss']:+.3f} with {name}")
         if pd.notna(one["tps"]) and pd.notna(two["tps"]):
@@ -120,12 +115,7 @@ def ssm_answer(frame: pd.DataFrame) -> str:
 def balance_answer(frame: pd.DataFrame) -> str:
     """What cutting by measured time changes against cutting by FLOPs, for each split."""
     losses, speeds = [], []
-    for _, part in frame.groupby("split", sort=False):
-        by = part.set_index("balance")
-        if not {"flops", "time"} <= set(by.index):
-            continue
-        flops, time = by.loc["flops"].to_dict(), by.loc["time"].to_dict()
-        name = str(flops["label"]).partition(",")[0]
+    for name, flops, time in _pairs(frame, "balance", "flops", "time"):
         if pd.notna(flops["val_loss"]) and pd.notna(time["val_loss"]):
             shares = f"from {flops['attention_share']:.2f} to {time['attention_share']:.2f}"
             losses.append(f"{shares} with {name} (validation loss {time['val_loss'] - flops['val_loss']:+.3f})")
@@ -133,6 +123,17 @@ def balance_answer(frame: pd.DataFrame) -> str:
             speeds.append(f"{time['tps'] / flops['tps']:.2f} with {name}")
     first = f"Cutting by measured time instead of FLOPs moves attention's share {_and(losses)}." if losses else _NO_LOSS
     return f"{first} {f'In multiples of the FLOP-balanced cut, tokens/s are {_and(speeds)}.' if speeds else _NO_SPEED}"
+
+
+def _pairs(
+    frame: pd.DataFrame, column: str, first: str, second: str
+) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Of each split that has both: its name, and its rows whose ``column`` is ``first`` and ``second``."""
+    for _, part in frame.groupby("split", sort=False):
+        by = part.set_index(column)
+        if {first, second} <= set(by.index):
+            one = by.loc[first].to_dict()
+            yield str(one["label"]).partition(",")[0], one, by.loc[second].to_dict()
 
 
 def depth_answer(frame: pd.DataFrame) -> str:

@@ -16,7 +16,7 @@ from flowhn.reporting.rates import rate_table
 from flowhn.reporting.record import RunRecord, write_record
 from flowhn.reporting.style import long_name
 from flowhn.reporting.tables import DASH, table1, write_table
-from flowhn.reporting.verdicts import verdicts
+from flowhn.reporting.verdicts import BIASED_ALONE, INTERVAL, verdicts
 
 # Name in configs/artefacts/*.yaml: how to draw it, and whether the records have what it takes.
 _FIGURES: dict[str, tuple[Callable[..., Any], Callable[[Sequence[RunRecord]], bool]]] = {
@@ -37,6 +37,7 @@ def write_artefact(
     notes: Sequence[str] = (),
     tables: Sequence[str] = ("verdicts",),
     gap: Mapping[str, Any] | None = None,
+    days: Mapping[str, float] | None = None,
 ) -> list[Path]:
     """Write ``table`` and ``tables`` as .md and .csv, ``<figure>.png`` each and ``records/``; returns the paths.
 
@@ -51,6 +52,7 @@ def write_artefact(
         tables: beside the first: ``verdicts`` on the paper's claims, ``rates`` (learning rates tried), ``gap`` (what
             variants close).
         gap: ``{of, to}`` of the last, see :func:`flowhn.reporting.beyond.gap_table`.
+        days: how far speeds differ between days, for the verdicts (:func:`flowhn.reporting.speeds.day_spreads`).
 
     Raises:
         UserError: no records, several sizes, an unknown figure, or records that cannot be pooled.
@@ -80,13 +82,15 @@ def write_artefact(
     written += write_table(frame, folder, title=title, notes=notes)
     written += keep_records(records, folder / "records")
     for name in tables:
-        options = {"gap": gap, "size": sizes[0]} if name == "gap" else {}
+        options = {"gap": {"gap": gap, "size": sizes[0]}, "verdicts": {"days": days}}.get(name, {})
         written += _TABLES[name](records, folder, title, **options)
     return written
 
 
-def _write_verdicts(records: Sequence[RunRecord], folder: Path, title: str) -> tuple[Path, Path]:
-    judged = verdicts(records)
+def _write_verdicts(
+    records: Sequence[RunRecord], folder: Path, title: str, *, days: Mapping[str, float] | None
+) -> tuple[Path, Path]:
+    judged = verdicts(records, days=days)
     heading = f"{title}: the paper's claims"
     return write_table(_readable(judged), folder, title=heading, notes=_VERDICT_NOTES, name="verdicts", full=judged)
 
@@ -132,11 +136,12 @@ def keep_records(records: Sequence[RunRecord], folder: Path) -> list[Path]:
 
 _VERDICT_NOTES = (
     "Computed from the records. Accuracy: difference of the averages in points with its 95 % interval. TPS and MFU: "
-    "ratio with a noise band.",
+    "ratio with the spread that was measured, from the slowest of one over the fastest of the other to the reverse.",
     "partly: the direction is as claimed, the factor is not reached. Paper: the same figure from the paper's printed "
     "numbers.",
     "Without BoolQ: the same over the other tasks. A model that has learnt nothing scores 38 to 62 % on BoolQ, by whether "
-    "it likes no or yes, and that alone can decide the average.",
+    "it likes no or yes, and that alone can decide the average: where the verdict does not stand without it, the claim is "
+    f"{BIASED_ALONE}.",
     "Intervals cover the choice of questions, not what another training seed would change.",
 )
 
@@ -158,7 +163,7 @@ def _readable(judged: pd.DataFrame) -> pd.DataFrame:
                 "claim": row["sentence"],
                 "against": DASH if pd.isna(row["second"]) else long_name(row["second"]),
                 "ours": figure(row, "difference"),
-                "interval": f"{figure(row, 'low')} to {figure(row, 'high')}" if tested else DASH,
+                INTERVAL: f"{figure(row, 'low')} to {figure(row, 'high')}" if tested else DASH,
                 "paper": figure(row, "printed"),
                 "without BoolQ": DASH
                 if pd.isna(row["rest"])

@@ -5,37 +5,77 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib
-import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from flowhn.reporting import style
 
 _DPI = 200
+_BAR = 0.6  # of a model's place
+_HEADROOM = 1.15  # of the highest value, on both axes
+_POINT = {
+    "color": "black",
+    "marker": "o",
+    "markersize": 5,
+    "linestyle": "",
+    "markerfacecolor": "white",
+}  # seen on any bar
+_NOTE = {"ha": "center", "va": "bottom", "fontsize": 6.5, "color": "#666666"}
 
 
 def throughput_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
-    """Bars of tokens/s and points of MFU, one panel for each size; columns as in ``bench_table``."""
+    """Bars of tokens/s and points of MFU, one panel for each size; columns as in ``bench_table``.
+
+    Every model has its place in every panel; where a size was not measured it says so.
+    """
     sizes = style.sizes_in_order(frame["size"])
+    places = {cell: place for place, cell in enumerate(_cells(frame))}
+    names = frame.drop_duplicates("cell").set_index("cell")["model"]
     with matplotlib.rc_context(style.FONT):
-        figure = Figure(figsize=(7.5, 2.3 * len(sizes) + 0.5), layout="constrained")
-        for axis, size in zip(figure.subplots(len(sizes), 1, squeeze=False)[:, 0], sizes, strict=True):
-            part = frame[frame["size"] == size]
-            place = np.arange(len(part))
-            axis.bar(place, part.tps / 1e3, color=[_color(cell) for cell in part.cell])
-            axis.set_xticks(place, [name.replace("FlowHN ", "").replace(", ", ",\n") for name in part.model])
-            axis.set_ylabel("1,000 tokens/s (bars)")
+        figure = Figure(figsize=(max(4.5, 0.75 * len(places) + 2), 1.8 * len(sizes) + 1.0), layout="constrained")
+        panels = figure.subplots(len(sizes), 1, squeeze=False, sharex=True)[:, 0]
+        for axis, size in zip(panels, sizes, strict=True):
+            part = frame[frame["size"] == size].assign(place=lambda part: part.cell.map(places))
+            axis.bar(part.place, part.tps / 1e3, width=_BAR, color=[_color(cell) for cell in part.cell], linewidth=0)
+            for cell in places.keys() - set(part.cell):
+                axis.text(places[cell], 0.02, "not\nmeasured", transform=axis.get_xaxis_transform(), **_NOTE)
+            axis.set_ylim(0, _HEADROOM * part.tps.max() / 1e3)
+            axis.set_ylabel("1,000 tokens/s")
             axis.set_title(style.size_name(size), loc="left", fontsize=9)
             axis.spines[["top", "right"]].set_visible(False)
+            axis.tick_params(axis="x", length=0)
             if part.mfu.notna().any():
-                twin = axis.twinx()
-                twin.plot(place, part.mfu.astype(float), "ko", markersize=4)
-                twin.set_ylim(bottom=0)
-                twin.set_ylabel("MFU % (points)")
-                twin.spines["top"].set_visible(False)
+                _mfu_points(axis.twinx(), part)
+        panels[-1].set_xlim(-0.6, len(places) - 0.4)
+        labels = [
+            names[cell].replace("FlowHN ", "").replace(", ", ",\n").replace(" branch", "\nbranch") for cell in places
+        ]
+        panels[-1].set_xticks(range(len(places)), labels)
+        handles = [Patch(facecolor="#8C8C8C", label="Tokens/s (bars, left axis)")]
+        if frame.mfu.notna().any():
+            handles.append(Line2D([], [], label="MFU (points, right axis)", **_POINT))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
         if path is not None:
             figure.savefig(path, dpi=_DPI)
     return figure
+
+
+def _cells(frame: pd.DataFrame) -> list[str]:
+    """The cells of all sizes: the paper's in its order, then the others as they come."""
+    found = dict.fromkeys(frame["cell"])
+    known = [cell for cell in style.in_order(found) if cell in style.CELLS]
+    return [*known, *(cell for cell in found if cell not in known)]
+
+
+def _mfu_points(twin: Axes, part: pd.DataFrame) -> None:
+    mfu = part.mfu.astype(float)
+    twin.plot(part.place, mfu, **_POINT)
+    twin.set_ylim(0, _HEADROOM * mfu.max())
+    twin.set_ylabel("MFU (%)")
+    twin.spines["top"].set_visible(False)
 
 
 def _color(cell: str) -> str:

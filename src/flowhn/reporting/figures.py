@@ -1,4 +1,4 @@
-"""Figures from run records: throughput and MFU as in the paper's figure 4; validation loss over tokens, time and FLOPs.
+"""Figures from run records: throughput and MFU as in the paper's figure 4; those of losses are in ``loss_figures``.
 
 Everything is drawn on matplotlib's own Figure objects, without pyplot and its global state, so that a
 notebook's settings stay as they are. Each function returns the Figure and, with a path, writes it as PNG, PDF or SVG by
@@ -7,22 +7,33 @@ the path's ending.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, Formatter, FuncFormatter, MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from flowhn.errors import UserError
 from flowhn.reporting import paper, style
-from flowhn.reporting.cells import Cell, pool
+from flowhn.reporting.cells import pool
+from flowhn.reporting.loss_figures import has_flops, has_losses, loss_figure, loss_vs_flops_figure, loss_vs_time_figure
 from flowhn.reporting.record import RunRecord
+from flowhn.reporting.style import save
 
-_WIDTH = 7.0  # inches, a full text column of two
-_DPI = 200
+__all__ = [
+    "figure4",
+    "has_flops",
+    "has_losses",
+    "has_throughput",
+    "loss_figure",
+    "loss_vs_flops_figure",
+    "loss_vs_time_figure",
+    "save",
+]
+
 _BAR_SPACE = 0.8  # share of a model's slot that its bars take
 
 
@@ -61,7 +72,7 @@ def figure4(
     for row in paper.figure4().itertuples():
         theirs.setdefault(row.size, {})[row.cell] = (row.tps, row.mfu)
     with matplotlib.rc_context(style.FONT):
-        figure = Figure(figsize=(_WIDTH, 5.0), dpi=_DPI, layout="constrained")
+        figure = Figure(figsize=(style.WIDTH, 5.0), dpi=style.DPI, layout="constrained")
         top, bottom = figure.subplots(2, 1, height_ratios=[1.5, 1])
         _throughput_panel(top, ours, order)
         devices = sorted({_device(c.first) for one in ours for c in cells[one].values()})
@@ -86,54 +97,9 @@ def figure4(
         return save(figure, path)
 
 
-def loss_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
-    """Validation loss over training tokens, all models of one size; dashed: what a unigram model reaches.
-
-    Raises:
-        UserError: no record has a validation loss, or the records have several sizes and none is chosen.
-    """
-    return _loss_over(records, path, size, "Training tokens", lambda cell, point: point[0], EngFormatter(sep=""))
-
-
-def loss_vs_time_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
-    """Validation loss over seconds of training at each model's measured speed; raises as :func:`loss_figure`.
-
-    Tokens over the run's median tokens/s, so that compilation, which is most of a short run's clock, and validation are
-    left out. A run without a measured speed is drawn by its own clock.
-    """
-
-    def seconds(cell: Cell, point: Sequence[float]) -> float | None:
-        return point[0] / cell.tps if cell.tps else point[2]
-
-    label = "Training time (s) at the measured speed, without compilation"
-    return _loss_over(records, path, size, label, seconds, FuncFormatter(lambda value, _: f"{value:,g}"))
-
-
-def loss_vs_flops_figure(records: Iterable[RunRecord], path: Path | None = None, *, size: str | None = None) -> Figure:
-    """Validation loss over training FLOPs (tokens times FLOPs per token); raises as :func:`loss_figure`."""
-
-    def flops(cell: Cell, point: Sequence[float]) -> float | None:
-        per_token = cell.first.throughput["flops_per_token"]
-        return None if per_token is None else per_token * point[0]
-
-    power = ScalarFormatter(useMathText=True)
-    power.set_powerlimits((-3, 4))
-    return _loss_over(records, path, size, "Training FLOPs", flops, power)
-
-
 def has_throughput(records: Iterable[RunRecord]) -> bool:
     """Whether :func:`figure4` has something to draw."""
     return any(record.throughput["tps"] is not None for record in records)
-
-
-def has_losses(records: Iterable[RunRecord]) -> bool:
-    """Whether :func:`loss_figure` has something to draw."""
-    return any(None not in point for record in records for point in record.losses["val"])
-
-
-def has_flops(records: Iterable[RunRecord]) -> bool:
-    """Whether :func:`loss_vs_flops_figure` has something to draw."""
-    return has_losses(record for record in records if record.throughput["flops_per_token"] is not None)
 
 
 def _throughput_panel(
@@ -192,89 +158,6 @@ def _throughput_legend(figure: Figure, sizes: Sequence[str], ours_have_mfu: bool
             va="top",
             fontsize=7,
         )
-
-
-def _loss_over(
-    records: Iterable[RunRecord],
-    path: Path | None,
-    size: str | None,
-    label: str,
-    position: Callable[[Cell, Sequence[float]], float | None],
-    formatter: Formatter,
-) -> Figure:
-    records = list(records)
-    sizes = style.sizes_in_order(record.size for record in records)
-    if size is None and len(sizes) > 1:
-        raise UserError(f"the records have several sizes; choose one with size= ({', '.join(sizes)})")
-    size = size or (sizes[0] if sizes else "")
-    cells = pool(records, size)
-    lines: list[tuple[Cell, list[float], list[list[float]]]] = []
-    for cell in cells.values():
-        points = [(position(cell, point), point) for point in cell.curve()]
-        points = [(x, point) for x, point in points if x is not None]
-        if points:
-            lines.append((cell, [x for x, _ in points], [point for _, point in points]))
-    if not lines:
-        raise UserError(
-            f"no record of size {size or 'any'} has the validation losses for this figure; set val_points= above 0"
-        )
-    lines.sort(key=lambda line: -line[2][-1][1])  # the legend runs as the curves end, worst on top
-    with matplotlib.rc_context(style.FONT):
-        figure = Figure(figsize=(_WIDTH, 3.9), dpi=_DPI, layout="constrained")
-        axes = figure.subplots()
-        _loss_lines(axes, lines)
-        _unigram_line(axes, cells)
-        axes.set_xlabel(label)
-        axes.set_ylabel("Validation loss (nats per token)")
-        axes.xaxis.set_major_formatter(formatter)
-        axes.set_xlim(left=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(
-            loc="outside right center", frameon=False, title="Model, final loss", title_fontsize=7.5, handlelength=3.2
-        )
-        return save(figure, path)
-
-
-def _loss_lines(axes: Axes, lines: Sequence[tuple[Cell, list[float], list[list[float]]]]) -> None:
-    for number, (cell, xs, points) in enumerate(lines):
-        look = style.look(cell.cell)
-        losses = [point[1] for point in points]
-        # Markers start at different points, or ten lines' markers would lie in ten columns on top of each other.
-        every = max(1, len(xs) // 8)
-        axes.plot(
-            xs, losses, color=look.color, linestyle=look.linestyle, marker=look.marker,
-            linewidth=1.7 if cell.cell == "flowhn_fac" else 1.2,
-            zorder=2 if look.linestyle == "-" else 2.5,  # where curves coincide, the solid one shows through the dashes
-            markersize=6 if look.marker == "*" else 4, markevery=(number % every, every), markeredgewidth=0,
-            label=f"{style.long_name(cell.cell)}  {losses[-1]:.3f}",
-        )  # fmt: skip
-        if len(cell.records) > 1:
-            axes.fill_between(
-                xs, [p[3] for p in points], [p[4] for p in points], color=look.color, alpha=0.15, linewidth=0
-            )
-
-
-def _unigram_line(axes: Axes, cells: Mapping[str, Cell]) -> None:
-    """One dashed line where all records read the same text; none where they differ."""
-    levels = {cell.first.losses["unigram_entropy"] for cell in cells.values()}
-    level = levels.pop() if len(levels) == 1 else None
-    if level is not None:
-        axes.axhline(level, color="#555555", linewidth=0.9, linestyle=(0, (6, 3)), zorder=1)
-        axes.annotate(
-            f"unigram entropy {level:.2f}", (1, level), xycoords=("axes fraction", "data"), xytext=(-2, 2.5),
-            textcoords="offset points", ha="right", va="bottom", fontsize=7, color="#333333",
-        )  # fmt: skip
-
-
-def save(figure: Figure, path: Path | None) -> Figure:
-    """Write a figure so that a reader finds the old file or the new one; returns it."""
-    if path is not None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-        figure.savefig(partial, dpi=_DPI)
-        partial.replace(path)
-    return figure
 
 
 def _device(record: RunRecord) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from flowhn.errors import UserError
 from flowhn.reporting.style import task_name
@@ -26,10 +27,16 @@ def overlap_notes(folder: Path) -> list[str]:
             f"{task_name(task)} {one['overlapping']:,} of {one['questions']:,} ({_percent(one)})"
             for task, one in content["tasks"].items()
         )
-        n = int(content["n"])
+        n, read = int(content["n"]), content.get("train")  # files of older versions do not say what was read
+        where = "" if read is None else f" ({read['documents']:,} documents, {read['words']:,} words, {_files(read)})"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); delete it and run again") from error
-    return [f"Questions of which at least one run of {n} words stands in the training text: {told}."]
+    return [f"Questions of which at least one run of {n} words stands in the training text{where}: {told}."]
+
+
+def _files(read: dict[str, Any]) -> str:
+    names = [str(name) for name in read["files"]]
+    return ", ".join(names) if len(names) <= 4 else f"{len(names)} files from {names[0]} to {names[-1]}"
 
 
 def _percent(one: dict[str, int]) -> str:

@@ -9,9 +9,11 @@ import pandas as pd
 from flowhn.errors import UserError
 from flowhn.reporting.record import RunRecord
 
-# Names of configs/model; the first of a family is the one that is tried.
+# Names of configs/model; the first of a family is the one that is tried. FlowHN is tried with FAC_Split, whose rate AE_Split and
+# FA_Split inherit, and No_Split too where it was not tried itself: under a name of its own, ``flowhn_no``.
 FAMILIES = {
     "flowhn": ("flowhn",),
+    "flowhn_no": ("flowhn_no",),
     "hybrid": ("shm", "jamba", "hymba"),
     "mamba": ("mamba2", "mamba1"),
     "llama": ("llama",),
@@ -27,11 +29,13 @@ def rate_table(records: Iterable[RunRecord]) -> pd.DataFrame:
     family_of = {models[0]: family for family, models in FAMILIES.items()}
     rows = []
     for record in records:
-        if record.model in family_of:
+        is_no = record.model == "flowhn" and record.config.get("choices", {}).get("split") == "no"
+        model = "flowhn_no" if is_no else record.model
+        if model in family_of:
             rows.append(
                 {
-                    "family": family_of[record.model],
-                    "model": record.model,
+                    "family": family_of[model],
+                    "model": model,
                     "size": record.size,
                     "lr": float(record.config["lr"]),
                     "tokens": record.tokens,
@@ -53,7 +57,7 @@ def rate_table(records: Iterable[RunRecord]) -> pd.DataFrame:
 
 
 def chosen_rates(records: Iterable[RunRecord]) -> dict[str, float]:
-    """Model name (of ``configs/model``) -> the learning rate of its family, for the families that have a record."""
+    """Model name (of ``configs/model``, or ``flowhn_no``) -> its family's learning rate, for the families that have a record."""
     frame = rate_table(records)
     chosen = frame[frame["chosen"]].set_index("family")["lr"]
     return {model: float(chosen[family]) for family in chosen.index for model in FAMILIES[family]}

@@ -21,6 +21,9 @@ from typing import Any
 from flowhn.errors import UserError
 
 SCHEMA_VERSION = 1
+MAX_TRAIN_POINTS = (
+    10_000  # of a run's training curve, in its record and in metrics.csv, which is then about 1 MB at most
+)
 _PACKAGES = ("flowhn", "torch", "lightning", "hydra-core", "datasets", "tokenizers", "transformers", "torchdata",
              "lm-eval", "mamba-ssm", "causal-conv1d", "flash-attn", "triton", "numpy")  # fmt: skip
 

@@ -162,8 +162,7 @@ def reach_over_blocks_figure(frame: pd.DataFrame, path: Path | None = None) -> F
         axis = figure.subplots()
         for cell, part in frame.groupby("cell", sort=False):
             look = style.look(str(cell))
-            axis.plot(part.blocks, part["mean"], color=_LINE_COLORS.get(str(cell), look.color),
-                      linestyle=look.linestyle, marker=look.marker,
+            axis.plot(part.blocks, part["mean"], color=look.color, linestyle=look.linestyle, marker=look.marker,
                       markersize=4, linewidth=1.3, label=look.name)  # fmt: skip
         axis.set_xlabel("Blocks")
         axis.set_ylabel("Earlier tokens seen (%)")
@@ -195,7 +194,7 @@ def context_and_loss_figure(
         top, bottom = figure.subplots(2, 1, sharex=True)
         for cell, blocks in routes.items():
             look = style.look(cell)
-            line = {"color": _LINE_COLORS.get(cell, look.color), "linestyle": look.linestyle, "linewidth": 1.4}
+            line = {"color": look.color, "linestyle": look.linestyle, "linewidth": 1.4}
             seen = reach(blocks, **options)[-1]
             top.plot(np.arange(len(seen)), seen.sum(axis=1) - 1, label=look.name, **line)
             if cell in losses and cell != reference:
@@ -206,7 +205,7 @@ def context_and_loss_figure(
                     middle, frame.difference - 2 * frame.stderr, frame.difference + 2 * frame.stderr,
                     color=line["color"], alpha=0.15, linewidth=0,
                 )  # fmt: skip
-        bottom.axhline(0, color=_LINE_COLORS.get(reference, "black"), linewidth=1.0)
+        bottom.axhline(0, color=style.look(reference).color, linestyle=style.look(reference).linestyle, linewidth=1.0)
         top.set_ylabel("Earlier tokens that can be seen")
         bottom.set_ylabel(f"Loss above {style.name(reference)}'s\n(nats per token)")
         bottom.set_xlabel("Position in the sequence (tokens)")
@@ -232,10 +231,6 @@ def loss_difference(ours: Mapping[str, Any], reference: Mapping[str, Any]) -> pd
     return pd.DataFrame(
         {"start": edges[:-1], "stop": edges[1:], "difference": differences.mean(axis=0), "stderr": error}
     )
-
-
-# Four lines of one family would share a colour in style.look; here they alone are drawn.
-_LINE_COLORS = {"flowhn_no": "#000000", "flowhn_ae": "#0072B2", "flowhn_fa": "#E69F00", "flowhn_fac": "#D55E00"}
 
 
 def _legend(figure: Figure, entries: Sequence[tuple[str, str]]) -> None:

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH = 7.0  # of a figure, inches: a full text column of two
+DPI = 200
 
 # The order of the paper's table 1.
 CELLS = ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn_no", "flowhn_ae", "flowhn_fa", "flowhn_fac")
@@ -92,3 +99,14 @@ def size_name(size: str) -> str:
 def task_name(task: str) -> str:
     """A short name of a task for a table's head."""
     return TASK_NAMES.get(task, task.removeprefix("flowhn_").replace("_", " "))
+
+
+def save(figure: Figure, path: Path | None) -> Figure:
+    """Write a figure so that a reader finds the old file or the new one; returns it."""
+    if path is not None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+        figure.savefig(partial, dpi=DPI)
+        partial.replace(path)
+    return figure

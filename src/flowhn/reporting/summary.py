@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,23 @@ import pandas as pd
 from flowhn.reporting import paper
 from flowhn.reporting.beyond import gap_table
 from flowhn.reporting.rates import rate_table
+from flowhn.reporting.reasons import depth_lines, equal_cost_lines
 from flowhn.reporting.record import RunRecord, find_records
+from flowhn.reporting.speeds import day_spreads
 from flowhn.reporting.style import long_name, size_name
 from flowhn.reporting.tables import DASH, SLIP, table1
-from flowhn.reporting.verdicts import BIASED, verdicts
+from flowhn.reporting.verdicts import BIASED, BIASED_ALONE, INTERVAL, verdicts
 
 _TIE = 0.01  # nats of validation loss: less than another seed changes
 
 
-def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> str:
+def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen: pd.DataFrame | None = None) -> str:
     """Markdown from ``experiments/{table1,table1_lr,beyond,long_context}/<setting>``; parts without records are left out.
 
     Args:
         experiments: the folder; links are written relative to its parent.
         gap: ``{of, to}`` of the variants' table.
+        seen: what a token of each split can have seen (:func:`flowhn.reporting.reasons.depth_lines`).
 
     Raises:
         UserError: the records cannot make one table.
@@ -35,8 +38,16 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any]) -> s
     if not records:
         return "\n".join(["The records of this table are not there yet; the command above makes them.", *adapter])
     size = records[0].size
-    parts = [_table(records, size), "", _made(records, setting), "", *_verdict_lines(records, size), ""]
+    parts = [
+        _table(records, size),
+        "",
+        _made(records, setting),
+        "",
+        *_verdict_lines(records, size, day_spreads(experiments)),
+        "",
+    ]
     parts += _rates(find_records(experiments / "table1_lr" / setting / "records"))
+    parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen)]
     parts += _pictures(experiments, "table1", setting, {"loss_vs_time": "time", "loss_vs_flops": "FLOPs"})
     parts += _beyond(find_records(experiments / "beyond" / setting / "records"), size, setting, gap)
     if (experiments / "long_context" / setting / "long_context.png").is_file():
@@ -90,7 +101,7 @@ def _table(records: Sequence[RunRecord], size: str) -> str:
 
 
 def _made(records: Sequence[RunRecord], setting: str) -> str:
-    devices = ", ".join(sorted({str(record.device["name"]) for record in records}))
+    devices = ", ".join(_devices(records))
     first = records[0]
     return (
         f"{len(records)} runs of {first.tokens:,} tokens on {devices}, {size_name(first.size)}, the same batches in the same "
@@ -100,9 +111,9 @@ def _made(records: Sequence[RunRecord], setting: str) -> str:
     )
 
 
-def _verdict_lines(records: Sequence[RunRecord], size: str) -> list[str]:
-    frame = verdicts(records, size=size)
-    lines = ["| claim of the paper | ours | 95 % | without BoolQ, 95 % | verdict |", "|---|---|---|---|---|"]
+def _verdict_lines(records: Sequence[RunRecord], size: str, days: Mapping[str, float]) -> list[str]:
+    frame = verdicts(records, size=size, days=days)
+    lines = [f"| claim of the paper | ours | {INTERVAL} | without BoolQ, 95 % | verdict |", "|---|---|---|---|---|"]
     for row in frame.to_dict("records"):
         against = "" if pd.isna(row["second"]) else f" ({long_name(row['second'])})"
         if row["verdict"] == "not testable":
@@ -111,10 +122,27 @@ def _verdict_lines(records: Sequence[RunRecord], size: str) -> list[str]:
         points = row["quantity"] == "average"
         form = "{:+.2f}" if points else "{:.2f}x"
         ours, low, high = (form.format(row[key]) for key in ("difference", "low", "high"))
-        holds = {"yes": "holds", "no": "does not hold", "partly": "partly", "undecided": "open"}[row["holds"]]
+        holds = {"yes": "holds", "no": "does not hold", "partly": "partly", "undecided": "open"}.get(
+            row["holds"], row["holds"]
+        )
         rest = "" if pd.isna(row["rest"]) else f"{row['rest_low']:+.2f} to {row['rest_high']:+.2f}"
         lines.append(f"| {row['sentence']}{against} | {ours} | {low} to {high} | {rest} | {row['verdict']}: {holds} |")
-    return [*lines, "", *_caution(records, size)]
+    return [*lines, "", *_caution(records, size), *_speed_caution(records, days)]
+
+
+def _speed_caution(records: Sequence[RunRecord], days: Mapping[str, float]) -> list[str]:
+    """What the band of a ratio of speeds is."""
+    told = [f"{name} by up to {100 * days[name]:.1f} %" for name in _devices(records) if name in days]
+    between = (
+        f" Between days one model's speed differs on {', '.join(told)} (experiments/figure4), which counts where it is more."
+        if told
+        else ""
+    )
+    return ["", f"Speeds: the spread of both models' speeds within their runs and between seeds.{between}"]
+
+
+def _devices(records: Sequence[RunRecord]) -> list[str]:
+    return sorted({str(record.device["name"]) for record in records})
 
 
 def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
@@ -128,7 +156,7 @@ def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
     return [
         f"BoolQ alone lies between {frame[BIASED].min():.1f} and {frame[BIASED].max():.1f} % (always no: 37.8, always yes: "
         f"62.2), the mean of the other five between {rest.min():.1f} and {rest.max():.1f} % (guessing: 35.0): a verdict that "
-        f"does not stand without BoolQ says little. By validation loss, best first: {order}.",
+        f"does not stand without BoolQ says little, and is marked {BIASED_ALONE}. By validation loss, best first: {order}.",
     ]
 
 
@@ -139,7 +167,13 @@ def _rates(records: Sequence[RunRecord]) -> list[str]:
     told = ", ".join(_rate(frame[frame["family"] == family]) for family in frame["family"].unique())
     tried = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
     tokens = int(frame["tokens"].iloc[0])
-    return [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}.", ""]
+    lines = [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}."]
+    heirs = [
+        long_name(f"flowhn_{split}") for split in ("no", "ae", "fa") if f"flowhn_{split}" not in set(frame["family"])
+    ]
+    if "flowhn" in set(frame["family"]):
+        lines[0] += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate: of FlowHN it alone was tried."
+    return [*lines, ""]
 
 
 def _rate(tried: pd.DataFrame) -> str:

@@ -2,12 +2,14 @@
 
 A verdict is ``better``, ``worse``, ``within noise`` or ``not testable``: how the first model stands to the second one.
 ``holds`` says what that means for the claim: ``partly`` is the claimed direction without the
-claimed factor.
+claimed factor; ``undecided (BoolQ alone)`` a verdict on accuracy that does not stand over the other tasks.
 
 Accuracies are compared by their mean over the tasks. Where both models' records have the answers to each question, the
 interval is a paired bootstrap over the questions of each task (95 %, seeds pooled as the mean of their answers);
 otherwise it is the normal one from both standard errors, which ignores the pairing and is wider. Neither covers
-what another seed of the training would change. Speeds are compared by their ratio, with :data:`SPEED_NOISE` either way.
+what another seed of the training would change. Speeds are compared by their ratio, with the spread that was measured:
+of both models' speeds within their runs and between their seeds, or between days where that is more
+(:mod:`flowhn.reporting.speeds`).
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import pandas as pd
 from flowhn.reporting import paper
 from flowhn.reporting.cells import Cell, average_tasks, pool
 from flowhn.reporting.record import RunRecord
+from flowhn.reporting.speeds import ratio_band
 from flowhn.reporting.style import long_name, size_name, sizes_in_order
 
-SPEED_NOISE = 0.03  # shares; run-to-run spread of timed windows on one machine
+INTERVAL = "interval (accuracy: 95 %; speed: measured spread)"  # what to call low and high in a table
+BIASED_ALONE = "undecided (BoolQ alone)"
 BIASED = "boolq"  # yes or no: 62.2 % of its answers are yes
 _DRAWS = 10_000
 _CONFIDENCE = 0.95
@@ -80,14 +84,22 @@ CLAIMS = (
 )  # fmt: skip
 
 
-def verdicts(records: Iterable[RunRecord], *, size: str | None = None) -> pd.DataFrame:
+def verdicts(
+    records: Iterable[RunRecord], *, size: str | None = None, days: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """Judge every claim at every size of the records, a row per pair of models.
+
+    Args:
+        records: run records.
+        size: judge this size alone.
+        days: device name -> share by which one cell's speed differs between days (:func:`flowhn.reporting.speeds.day_spreads`).
 
     Columns: ``claim, size, sentence, first, second, quantity`` (average in per cent, tps, mfu in per cent),
     ``ours_first, ours_second``, ``difference`` (points of accuracy, or the ratio for tps and mfu), its ``stderr``,
-    ``low`` and ``high`` (the 95 % interval, or the noise band of a ratio), ``claimed`` (factor), ``printed`` (the same
+    ``low`` and ``high`` (the 95 % interval, or the measured spread of a ratio), ``claimed`` (factor), ``printed`` (the same
     figure from the paper's numbers at that size, or at the claim's first size for a size of ours), ``verdict``,
-    ``holds`` (yes, no, partly, undecided or not testable), ``method`` and ``source``; ``rest, rest_low, rest_high``: the
+    ``holds`` (yes, no, partly, undecided, undecided (BoolQ alone) or not testable), ``method`` and ``source``;
+    ``rest, rest_low, rest_high``: the
     difference in accuracy without BoolQ, where both models' answers are on record.
 
     Raises:
@@ -100,11 +112,13 @@ def verdicts(records: Iterable[RunRecord], *, size: str | None = None) -> pd.Dat
         cells = pool(records, one)
         for claim in CLAIMS:
             for second in claim.seconds:
-                rows.append(_judge(claim, second, one, cells))
+                rows.append(_judge(claim, second, one, cells, days or {}))
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def _judge(claim: Claim, second: str, size: str, cells: Mapping[str, Cell]) -> dict[str, object]:
+def _judge(
+    claim: Claim, second: str, size: str, cells: Mapping[str, Cell], days: Mapping[str, float]
+) -> dict[str, object]:
     row: dict[str, object] = dict.fromkeys(COLUMNS)
     row |= {
         "claim": claim.id,
@@ -128,9 +142,10 @@ def _judge(claim: Claim, second: str, size: str, cells: Mapping[str, Cell]) -> d
     reason = _unlike(first, other, claim.quantity)
     if reason:
         return row | _untestable(reason)
-    judged = (
-        _compare_accuracy(first, other, cells) if claim.quantity == "average" else _compare_speed(first, other, claim)
-    )
+    if claim.quantity == "average":
+        judged = _compare_accuracy(first, other, cells)
+    else:
+        judged = _compare_speed(first, other, claim, days.get(str(first.first.device["name"])))
     if size not in claim.sizes:
         judged["method"] = f"{judged['method']}; the paper claims it at {' and '.join(map(size_name, claim.sizes))}"
     if gaps and judged["verdict"] != "not testable":
@@ -190,13 +205,16 @@ def _compare_accuracy(first: Cell, second: Cell, cells: Mapping[str, Cell]) -> d
         method = f"difference with both standard errors, 95 %, unpaired, mean of {len(tasks)} tasks"
     verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
     rest = _without_bias(first, second, tasks)
+    holds = {"better": "yes", "worse": "no"}.get(verdict, "undecided")
+    if rest and not (rest["rest_low"] > 0 if verdict == "better" else rest["rest_high"] < 0):
+        holds = BIASED_ALONE if holds != "undecided" else holds
     return rest | {
         "ours_first": a[0], "ours_second": b[0], "difference": difference, "stderr": error, "low": low, "high": high,
-        "verdict": verdict, "holds": {"better": "yes", "worse": "no"}.get(verdict, "undecided"), "method": method,
+        "verdict": verdict, "holds": holds, "method": method,
     }  # fmt: skip
 
 
-def _without_bias(first: Cell, second: Cell, tasks: Sequence[str]) -> dict[str, object]:
+def _without_bias(first: Cell, second: Cell, tasks: Sequence[str]) -> dict[str, float]:
     """The same difference without BoolQ, where a model that has learnt nothing scores 38 to 62 % by its taste for no or yes."""
     others = [task for task in tasks if task != BIASED]
     interval = paired_bootstrap(first, second, others) if len(others) not in (0, len(tasks)) else None
@@ -229,19 +247,29 @@ def paired_bootstrap(
     return float(means.std()), float(low), float(high)
 
 
-def _compare_speed(first: Cell, second: Cell, claim: Claim) -> dict[str, object]:
+def _compare_speed(first: Cell, second: Cell, claim: Claim, day: float | None) -> dict[str, object]:
     a, b = (getattr(cell, claim.quantity) for cell in (first, second))
     if not a or not b:
         return _untestable(f"no {claim.quantity.upper()} on record")
     ratio = a / b
-    low, high = ratio * (1 - SPEED_NOISE), ratio * (1 + SPEED_NOISE)
+    own = ratio_band(first, second)
+    if own is None and day is None:
+        return _untestable(
+            "each speed was measured once, so their spread is not known; train with val_points=3 or seeds=[0,1]"
+        )
+    factors = own or (1.0, 1.0)
+    method = "ratio; spread within the runs and between seeds"
+    if day is not None and (1 / (1 + day) < factors[0] or 1 + day > factors[1]):
+        factors = min(factors[0], 1 / (1 + day)), max(factors[1], 1 + day)
+        method = f"ratio; spread {100 * day:.1f} %, by which one model's speed differs between days"
+    low, high = ratio * factors[0], ratio * factors[1]
     verdict = "better" if low > 1 else "worse" if high < 1 else "within noise"
     holds = {"better": "yes", "worse": "no"}.get(verdict, "undecided")
     if claim.factor is not None and verdict == "better" and high < claim.factor:
         holds = "partly"
     return {
         "ours_first": a, "ours_second": b, "difference": ratio, "low": low, "high": high, "verdict": verdict,
-        "holds": holds, "method": f"ratio, noise band {100 * SPEED_NOISE:.0f} %",
+        "holds": holds, "method": method,
     }  # fmt: skip
 
 

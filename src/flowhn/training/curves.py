@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 
-from flowhn.training.guard import LossGuard
+from flowhn.errors import UserError
+from flowhn.training.guard import LossGuard, SkipWatch
 from flowhn.training.steps import StepCallback
 from flowhn.training.throughput import ThroughputMonitor
 
@@ -22,8 +23,8 @@ class CurveRecorder(StepCallback):
     """Records ``train`` points ``[tokens, loss]`` and ``val`` points ``[tokens, loss, seconds of training]``.
 
     A train point is the mean loss of the ``log_every`` optimiser steps up to it (fewer at the end of the run), without
-    skipped steps; a point of skipped steps alone is left out. Losses stay on the device until a point is due, so that no
-    step waits for the device. Points also go to Lightning's loggers.
+    skipped steps; a point of skipped steps alone is left out. Losses stay on the device until a point is due or too many
+    steps in a row were skipped, so that no step waits for the device. Points also go to Lightning's loggers.
 
     Args:
         tokens_per_step: tokens of one optimiser step over all devices.
@@ -51,6 +52,7 @@ class CurveRecorder(StepCallback):
         self.val: list[list[float]] = []
         self._throughput = throughput
         self._guard = guard
+        self._watch = SkipWatch()
         self._on_progress = on_progress
         self._reported: tuple[float, int] | None = None  # (training seconds, step) of the last report
         self._shown = 0.0
@@ -70,6 +72,7 @@ class CurveRecorder(StepCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._trainer = trainer
+        self._guard.notes = trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -83,8 +86,12 @@ class CurveRecorder(StepCallback):
         self._micro = []
         skipped = getattr(pl_module, "step_was_skipped", None)
         self._waiting.append(loss if skipped is None else torch.where(skipped, torch.nan, loss))
-        if step % self.log_every == 0 or step == self.total_steps:
+        in_a_row = getattr(pl_module, "skipped_in_a_row", None)
+        too_many = in_a_row is not None and self._watch.see(in_a_row)
+        is_due = step % self.log_every == 0 or step == self.total_steps
+        if too_many or is_due:
             self._fetch(step)
+        if is_due:
             if self._fetched:
                 mean = math.fsum(self._fetched) / len(self._fetched)
                 self.train.append([step * self.tokens_per_step, mean])
@@ -113,9 +120,14 @@ class CurveRecorder(StepCallback):
             losses = self._trainer.strategy.reduce(losses, reduce_op="mean")
         self._waiting = []
         values = losses.tolist()
-        for number, value in enumerate(values, start=step - len(values) + 1):
-            if self._guard.see(number, value):
-                self._fetched.append(value)
+        try:
+            for number, value in enumerate(values, start=step - len(values) + 1):
+                if self._guard.see(number, value):
+                    self._fetched.append(value)
+        except UserError:
+            if self._trainer is not None:  # the first process writes down the rows before another one's end ends it
+                self._trainer.strategy.barrier()
+            raise
 
     def _report(self, step: int) -> None:
         now = time.monotonic()

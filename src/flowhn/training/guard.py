@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from flowhn.errors import UserError
 from flowhn.training.checkpoints import write_json_durably
 
@@ -20,6 +22,34 @@ IN_A_ROW = 3  # that many skipped steps end the run
 BAD_STEPS_NAME = "not-finite.json"
 _SPIKE_HISTORY, _SPIKE_LEAST = 50, 20  # steps a loss is compared with, at most and at least
 _SPIKE_DEVIATIONS, _SPIKE_NATS = 6.0, 0.5  # a spike is above the mean by that many standard deviations and that much
+
+
+class SkipWatch:
+    """Tells within ``LAG`` steps that ``IN_A_ROW`` steps in a row were skipped, without emptying the device's queue.
+
+    The count of such steps lives on the device. On CUDA each step starts a copy of it to pinned memory, and the copy of
+    ``LAG`` steps ago is looked at: it waits only for a device that is further behind than that. All ranks look at the same
+    step's count, which is the same on all of them, so that all stop at the same step.
+    """
+
+    LAG = 3
+
+    def __init__(self) -> None:
+        self._copies: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+
+    def see(self, in_a_row: torch.Tensor) -> bool:
+        """Take the count () after an optimiser step; whether it is time to stop."""
+        if in_a_row.device.type != "cuda":
+            return int(in_a_row) >= IN_A_ROW  # the optimiser has waited for it already
+        copy, event = torch.empty_like(in_a_row, device="cpu", pin_memory=True), torch.cuda.Event()
+        copy.copy_(in_a_row, non_blocking=True)
+        event.record()
+        self._copies.append((copy, event))
+        if len(self._copies) <= self.LAG:
+            return False
+        copy, event = self._copies.popleft()
+        event.synchronize()
+        return int(copy) >= IN_A_ROW
 
 
 class LossGuard:
@@ -45,6 +75,7 @@ class LossGuard:
         self.folder = folder
         self.skipped: list[int] = []  # steps
         self.spikes: list[list[float]] = []  # [tokens, loss]
+        self.notes = True  # whether this process writes; of several, one does
         self._rows_of_step = rows_of_step
         self._history: deque[float] = deque(maxlen=_SPIKE_HISTORY)
 
@@ -72,10 +103,11 @@ class LossGuard:
 
     def _end(self, steps: list[int]) -> None:
         path = self.folder / BAD_STEPS_NAME
-        rows = (
-            {str(step): [int(row) for row in self._rows_of_step(step)] for step in steps} if self._rows_of_step else {}
-        )
-        write_json_durably(path, {"steps": steps, "training_rows": rows, "skipped_before": self.skipped[:-IN_A_ROW]})
+        if self.notes:
+            rows_of = self._rows_of_step
+            rows = {str(step): [int(row) for row in rows_of(step)] for step in steps} if rows_of else {}
+            noted = {"steps": steps, "training_rows": rows, "skipped_before": self.skipped[:-IN_A_ROW]}
+            write_json_durably(path, noted)
         raise UserError(
             f"loss or gradient was not finite in steps {steps[0]} to {steps[-1]} of {self.total_steps}; lower lr= or set "
             f"clip_grad_norm= and run again (their training rows: {path}; the last checkpoint is whole)"

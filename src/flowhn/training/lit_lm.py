@@ -52,6 +52,7 @@ class LitLM(LightningModule):
         self.val_sum = SumMetric(nan_strategy="disable")
         self.val_tokens = SumMetric(nan_strategy="disable")
         self.step_was_skipped: Tensor | None = None  # of the last optimiser step, on the device
+        self.skipped_in_a_row: Tensor | None = None  # (), optimiser steps up to the last one, on the device
         self._loss = token_loss
         self._compiled = False
         self._sharded = False
@@ -147,6 +148,8 @@ class LitLM(LightningModule):
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a sharded model's (DTensor)
         self.step_was_skipped = ~torch.isfinite(norm)
+        before = 0 if self.skipped_in_a_row is None else self.skipped_in_a_row
+        self.skipped_in_a_row = self.step_was_skipped * (before + 1)
         if gradient_clip_val:
             nn.utils.clip_grads_with_norm_(parameters, gradient_clip_val, norm)
         if norm.device.type == "cuda" and optimizer.defaults.get("fused"):
@@ -170,10 +173,23 @@ class LitLM(LightningModule):
             UserError: names or shapes differ from this network's.
         """
         mine = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-        if mine != theirs:
-            name = min(set(mine.items()) ^ set(theirs.items()))[0]
-            raise UserError(
-                f"the checkpoint belongs to another model ({name} is {theirs.get(name, 'missing')} there and "
-                f"{mine.get(name, 'missing')} here); set output_dir= to a new folder or use --force"
-            )
+        check_same_shapes({name: tuple(tensor.shape) for name, tensor in weights.items()}, mine)
+
+
+def check_same_shapes(
+    theirs: Mapping[str, tuple[int, ...]], mine: Mapping[str, tuple[int, ...]], *, what: str = "the checkpoint"
+) -> None:
+    """
+    Args:
+        theirs: name -> shape in the checkpoint; ``mine``: in the model.
+        what: the checkpoint, as the message calls it.
+
+    Raises:
+        UserError: names or shapes differ; it names the first one.
+    """
+    if mine != theirs:
+        name = min(set(mine.items()) ^ set(theirs.items()))[0]
+        raise UserError(
+            f"{what} belongs to another model ({name} is {theirs.get(name, 'missing')} there and "
+            f"{mine.get(name, 'missing')} here); set output_dir= to a new folder or use --force"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import DoublePrecision
 
 from flowhn.errors import UserError
+from flowhn.reporting.record import MAX_TRAIN_POINTS
 from flowhn.training.checkpoints import AtomicCheckpointIO, latest_valid_checkpoint
 from flowhn.training.curves import CurveRecorder
 from flowhn.training.distributed import build_strategy, cluster_plugins, process_group
@@ -125,7 +127,7 @@ def fit(
     )
     recorder = CurveRecorder(
         tokens_per_step=tokens_per_step,
-        log_every=_log_every(trainer_cfg.get("log_every"), total_steps, hardware),
+        log_every=_log_every(trainer_cfg.get("log_every"), total_steps, hardware, say),
         total_steps=total_steps,
         throughput=throughput,
         guard=LossGuard(
@@ -220,7 +222,7 @@ def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Call
     strategy = cfg.get("strategy", "auto")
     # Lightning refuses this precision by name for sharded networks, and takes it as a plugin.
     double = [DoublePrecision()] if (strategy, hardware.precision) == ("fsdp", "64-true") else []
-    return Trainer(
+    trainer = Trainer(
         accelerator=hardware.accelerator,
         devices=hardware.n_devices // num_nodes,
         num_nodes=num_nodes,
@@ -238,6 +240,11 @@ def _trainer(hardware: Hardware, cfg: Mapping[str, Any], *, callbacks: list[Call
         **TRAINER_OPTIONS,
         **options,
     )
+    if hardware.n_devices > 1:
+        # Lightning's handler of SIGTERM broadcasts at once, in the middle of a step's own collectives, where it can hang for
+        # ever. The processes vote on stopping between steps (see resume.py), which needs StopRequest's handler alone.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer
 
 
 def _throughput(
@@ -258,11 +265,19 @@ def _throughput(
     )
 
 
-def _log_every(configured: int | None, total_steps: int, hardware: Hardware) -> int:
+def _log_every(configured: int | None, total_steps: int, hardware: Hardware, say: Callable[[str], None]) -> int:
+    """Steps per point of the curve. A point per step of a long run would make logs and checkpoints grow without end, so
+    ``MAX_TRAIN_POINTS`` bound it; a point is the mean over its steps, and nothing is left out."""
     if configured is not None:
         if configured < 1:
             raise UserError(f"trainer.log_every={configured} must be at least 1")
-        return configured
+        bounded = max(configured, math.ceil(total_steps / MAX_TRAIN_POINTS))
+        if bounded > configured:
+            say(
+                f"trainer.log_every={configured} would give {total_steps // configured:,} points; logs are kept below "
+                f"{MAX_TRAIN_POINTS:,}, with one of every {bounded} steps"
+            )
+        return bounded
     least = _LOG_EVERY_CUDA if hardware.device.type == "cuda" else 1
     return max(least, total_steps // _TRAIN_POINTS)
 

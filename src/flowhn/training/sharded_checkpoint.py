@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 
 from flowhn.errors import UserError
 from flowhn.training.checkpoints import STATE_KEY, sha256_of, sync_folder, write_json_durably
+from flowhn.training.lit_lm import check_same_shapes
 
 REST_NAME = "rest.pt"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -175,14 +176,10 @@ def load_into(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) ->
 
 
 def _compare(path: Path, described: dict[str, Any], own: dict[str, Tensor]) -> None:
-    theirs = {name: tuple(about.size) for name, about in described.items() if name.startswith("model.")}
-    mine = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    if theirs != mine:
-        name = min(set(mine.items()) ^ set(theirs.items()))[0]
-        raise UserError(
-            f"the checkpoint {path} belongs to another model ({name.removeprefix('model.')} is {theirs.get(name, 'missing')} "
-            f"there and {mine.get(name, 'missing')} here); set output_dir= to a new folder or use --force"
-        )
+    prefix = "model."
+    theirs = {name.removeprefix(prefix): tuple(d.size) for name, d in described.items() if name.startswith(prefix)}
+    mine = {name.removeprefix(prefix): tuple(tensor.shape) for name, tensor in own.items()}
+    check_same_shapes(theirs, mine, what=f"the checkpoint {path}")
 
 
 def _whole(path: Path, prefix: str) -> dict[str, Tensor]:

@@ -1,0 +1,111 @@
+"""Why the verdicts are what they are, in sentences made from records: losses at equal time and FLOPs, depth, reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from flowhn.reporting.cells import Cell, pool
+from flowhn.reporting.record import RunRecord
+from flowhn.reporting.style import long_name, name
+
+OURS, OTHERS = "flowhn_fac", ("shm", "flowhn_no", "llama")
+AXES: dict[str, Callable[[Cell], float | None]] = {  # what a token costs on an axis
+    "time": lambda cell: 1 / cell.tps if cell.tps else None,
+    "FLOPs": lambda cell: cell.first.throughput["flops_per_token"],
+}
+
+
+def at_equal_cost(cells: Mapping[str, Cell], *, of: str = OURS, to: Sequence[str] = OTHERS) -> pd.DataFrame:
+    """Validation losses of other models where one model's training ends, on the axes of time and FLOPs.
+
+    Args:
+        cells: pooled records of one size (:func:`flowhn.reporting.cells.pool`).
+        of: the model whose end counts; time is tokens over the measured speed, as in the figures.
+        to: models whose curves are read there, linearly between two validations.
+
+    Returns:
+        A row per axis and model: ``axis, cell, end`` (seconds or FLOPs of ``of``), ``own`` (its loss there), ``loss`` (nats; NaN
+        where the other's curve does not reach there), ``ends`` (whether the other's training has ended by then).
+    """
+    rows = []
+    for axis, cost in AXES.items():
+        per_token = cost(cells[of]) if of in cells else None
+        curve = cells[of].curve() if of in cells else []
+        if not per_token or not curve:
+            continue
+        end, own = per_token * curve[-1][0], curve[-1][1]
+        for other in to:
+            price = cost(cells[other]) if other in cells else None
+            points = cells[other].curve() if other in cells else []
+            if not price or not points:
+                continue
+            xs, losses = [price * point[0] for point in points], [point[1] for point in points]
+            # A model that has ended keeps the loss it has; before its first validation nothing is known.
+            loss = float(np.interp(end, xs, losses)) if end >= xs[0] else np.nan
+            rows.append({"axis": axis, "cell": other, "end": end, "own": own, "loss": loss, "ends": end >= xs[-1]})
+    return pd.DataFrame(rows, columns=["axis", "cell", "end", "own", "loss", "ends"])
+
+
+def equal_cost_lines(records: Sequence[RunRecord], size: str) -> list[str]:
+    """Whether FAC_Split is ahead at equal time and at equal FLOPs, one sentence each."""
+    frame = at_equal_cost(pool(records, size)).dropna(subset="loss")
+    told = []
+    for axis, part in frame.groupby("axis", sort=False):
+        end, own = part["end"].iloc[0], part["own"].iloc[0]
+        where = f"{end:.1f} s at its measured speed" if axis == "time" else f"{end:.3g} FLOPs".replace("e+", "e")
+        losses = ", ".join(
+            f"{name(row.cell)} {row.loss:.3f}{' (ended)' if row.ends else ''}" for row in part.itertuples()
+        )
+        better = [name(cell) for cell in part.loc[part["loss"] < own, "cell"]]
+        ahead = "ahead of all of them" if not better else f"not ahead of {_and(better)}"
+        told.append(
+            f"At the end of {name(OURS)}'s training ({where}; loss {own:.3f}): {losses}; at equal {axis} {name(OURS)} is {ahead}."
+        )
+    if told:
+        told.append(
+            "The others are read in the middle of their schedules, before their learning rates have decayed, which favours "
+            f"{name(OURS)}."
+        )
+    return [" ".join(told), ""] if told else []
+
+
+def depth_lines(records: Sequence[RunRecord], size: str, seen: pd.DataFrame | None) -> list[str]:
+    """How deep the models of one size are, and what a token of FlowHN can have seen after all blocks.
+
+    Args:
+        records: of one size.
+        size: that size.
+        seen: rows of :func:`flowhn.reporting.routing.reach_table` of the splits on record, after their last block.
+    """
+    cells = pool(records, size)
+    layers = {cell: _layers(pooled.first) for cell, pooled in cells.items()}
+    ours, rest = layers.get(OURS), {cell: n for cell, n in layers.items() if n and not cell.startswith("flowhn_")}
+    if not ours or not rest:
+        return []
+    others = ", ".join(f"{long_name(cell)} {n}" for cell, n in rest.items())
+    sentence = (
+        f"Depth at equal parameters: FlowHN has {ours} blocks ({2 * ours} mixers, two side by side in a block), the others have "
+        f"layers one after another: {others}."
+    )
+    if seen is not None and len(seen):
+        reach = ", ".join(f"{name(row.cell)} {row.mean:.0f} %" for row in seen.itertuples())
+        sentence += (
+            f" After {ours} blocks a token can have seen, of the tokens before it and on average over positions: {reach}; in "
+            "every other model all of them in the first layer. Whether that is why the splits are behind, "
+            "`./reproduce.sh ablation_depth` asks."
+        )
+    return [sentence, ""]
+
+
+def _layers(record: RunRecord) -> int | None:
+    model: Mapping[str, Any] = record.config.get("model") or {}
+    count = model.get("n_layers")
+    return None if count is None else int(count)
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
