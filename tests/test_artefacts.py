@@ -14,7 +14,7 @@ from flowhn.config import compose, to_dict
 from flowhn.errors import UserError
 from flowhn.kept import keep_folder
 from flowhn.run_cells import LOG_NAME, run_missing
-from flowhn.runs import count_parameters
+from flowhn.runs import meta_model
 from flowhn.timed_artefacts import bench_words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def test_cells_fit_the_size_that_is_asked_for_whatever_the_budget_is_called():
 
     assert window() == window("size=135m", "budget=30M") == window("budget=gpu") == 4
     wanted = plan_cells(load_artefact("ablation_depth"), ["size=135m", "budget=1M", "seeds=[0]"]).wanted
-    counts = [count_parameters(run.config) for run in wanted.values()]
+    counts = [meta_model(run.config).num_parameters() for run in wanted.values()]
     assert max(counts) < 1.01 * min(counts)
     assert min(counts) > 130e6
 
@@ -64,7 +64,7 @@ def test_cells_fit_the_size_that_is_asked_for_whatever_the_budget_is_called():
 @pytest.mark.parametrize("size", ["tiny", "135m", "350m", pytest.param("1b", marks=pytest.mark.slow)])
 def test_thin_blocks_have_as_many_parameters(size):
     wanted = plan_cells(with_cells("beyond", "flowhn_fac", "fac_thin"), [f"size={size}", "seeds=[0]", "lr=1e-3"]).wanted
-    plain, thin = (count_parameters(run.config) for run in wanted.values())
+    plain, thin = (meta_model(run.config).num_parameters() for run in wanted.values())
     assert thin == pytest.approx(plain, rel=0.01)
 
 
