@@ -101,6 +101,7 @@ def test_two_sharded_processes_of_torchrun_train_what_one_does(tmp_path):
     assert found["max_weight_difference"] <= 1e-6
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_job_and_another_number_goes_on(tmp_path):
     words = ["model=llama", *compare.STOPPED]
     alone = compare.Run(tmp_path, "alone", *words, steps=24).finish()

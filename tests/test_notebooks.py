@@ -44,12 +44,14 @@ def fresh():
         return {path.stem: (path, notebook, seconds) for path, notebook, seconds in pool.map(timed, script.names())}
 
 
+@pytest.mark.slow  # .ci/run executes them by scripts/notebooks.py --check
 def test_there_are_five_and_each_runs_in_time(fresh):
     assert list(fresh) == ["01_table1", "02_throughput", "03_ablations", "04_routing", "05_branches"]
     for name, (_, _, seconds) in fresh.items():
         assert seconds < script.TIMEOUT, name
 
 
+@pytest.mark.slow  # .ci/run executes them by scripts/notebooks.py --check
 def test_the_committed_outputs_are_those_of_the_committed_records(fresh):
     for path, notebook, _ in fresh.values():
         same = script.texts(notebook) == script.texts(nbformat.read(path, as_version=4))
@@ -128,6 +130,7 @@ def test_a_place_without_records_is_told(tmp_path, monkeypatch):
     assert "./reproduce.sh table1 --keep" in outputs.not_yet(["table1"]).text
 
 
+@pytest.mark.slow  # .ci/run executes them by scripts/notebooks.py --check
 def test_no_kernel_is_left_running(fresh):
     """``fresh`` has run five kernels as children of this process."""
     left = [child for child in psutil.Process().children(recursive=True) if "ipykernel_launcher" in child.cmdline()]
