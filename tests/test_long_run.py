@@ -159,9 +159,10 @@ def test_training_and_its_logs_stay_bounded(tmp_path):
     assert 100 < logs["metrics_csv_lines"] <= 600  # at most 500 points and the validations
     assert logs["written_at_most_bytes"] >= logs["run_folder_bytes"] > logs["files_bytes"]["model.safetensors"]
     assert logs["dry_run_disk_while_running_bytes"] > logs["dry_run_disk_after_bytes"] > 4 * memory["parameters"] * 0.9
-    assert (
-        logs["written_at_most_bytes"] <= logs["dry_run_disk_while_running_bytes"] < 10 * logs["written_at_most_bytes"]
-    )
+    assert logs["written_at_most_bytes"] <= logs["dry_run_disk_while_running_bytes"]
+    # Not against the peak, which sampling misses: three checkpoints of weights and two moments, and the run's folder.
+    largest = 3 * 12 * memory["parameters"] + logs["run_folder_bytes"]
+    assert logs["dry_run_disk_while_running_bytes"] < 2 * largest
     assert logs["run_folder_bytes"] <= logs["dry_run_disk_after_bytes"] < 2 * logs["run_folder_bytes"]
     assert logs["data_cache_bytes"] <= logs["dry_run_data_cache_bytes"] < 2 * logs["data_cache_bytes"]
     assert limits.failures({"training": memory, "logs": logs}) == []

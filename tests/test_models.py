@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from flowhn.config import build_model, compose
+from flowhn.config import build_model, compose, to_dict
 from flowhn.errors import UserError
 from flowhn.models import (
     AlternatingEqualSplit,
@@ -362,3 +362,38 @@ def test_an_untrained_model_predicts_uniformly():
 def test_sizes_that_do_not_fit_name_their_key(cell, override, key):
     with pytest.raises(UserError, match=key):
         build(cell, "tiny", override)
+
+
+def test_two_streams_compile_the_branches_apart_and_change_nothing_on_a_cpu(monkeypatch):
+    words = ["model=flowhn", "split=fac", "size=tiny", "data=random", "eval=none"]
+    one, two = (
+        build_model(to_dict(compose("train", [*words, *more]))) for more in ([], ["model.blocks.parallel.overlap=true"])
+    )
+    two.load_state_dict(one.state_dict())
+    ids = torch.randint(one.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(one(ids), two(ids))
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(module))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled.append(function) or function)
+    block = two.layers[0]
+    block.compile(dynamic=False)
+    assert compiled[:2] == [block.attention, block.ssm]
+    assert len(compiled) == 3
+    compiled.clear()
+    one.layers[0].compile(dynamic=False)
+    assert compiled == [one.layers[0]]
+
+
+@pytest.mark.gpu
+def test_two_streams_compute_what_one_does():
+    words = ["model=flowhn", "split=fac", "size=tiny", "data=random", "eval=none"]
+    one, two = (
+        build_model(to_dict(compose("train", [*words, *more]))) for more in ([], ["model.blocks.parallel.overlap=true"])
+    )
+    two.load_state_dict(one.state_dict())
+    ids = torch.randint(one.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0)).cuda()
+    for model in (one, two):
+        model.cuda()(ids).square().mean().backward()
+    torch.testing.assert_close(one(ids), two(ids))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)

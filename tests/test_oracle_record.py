@@ -41,6 +41,10 @@ def test_nothing_recorded_is_beyond_its_limit(name):
     checks = record(name)["checks"]
     assert checks
     explained = [check for check in checks if not check["passed"] and check["subject"] in oracles.REASONS]
+    explained = [check for check in explained if check["quantity"] == "gradients"]
+    assert not explained or record(name)["git"]["commit"] == oracles.REASONS_COMMIT, (
+        "a later run has to be within its limits"
+    )
     for check in checks:
         if check not in explained:
             assert check["passed"], check
@@ -79,7 +83,6 @@ def test_cpu_peers_step_the_same_shapes():
             assert ours[key] == theirs[key]
 
 
-@pytest.mark.skipif(not CPU_PEERS.is_dir(), reason="no committed records of bench=cpu_peers")
 def test_no_step_on_the_cpu_is_slower_than_transformers():
     speed = {found["cell"]: found["tps"] for found in find_bench_records(CPU_PEERS)}
     for cell in ("llama", "mamba1", "mamba2", "jamba"):

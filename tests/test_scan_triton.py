@@ -17,7 +17,15 @@ from flowhn.models import kernels
 from flowhn.models.mixers import Mamba1, Mamba2
 from flowhn.models.mixers.scan import selective_scan
 from flowhn.models.mixers.scan_cuda import mamba_ssm_scan
-from flowhn.models.mixers.scan_triton import DEFAULT_TILES, Tiles, triton_backward, triton_forward, triton_scan
+from flowhn.models.mixers.scan_triton import (
+    DEFAULT_TILES,
+    Tiles,
+    _across,
+    _segments,
+    triton_backward,
+    triton_forward,
+    triton_scan,
+)
 from recurrences import reference_scan, scan_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +112,31 @@ def test_scan_in_the_interpreter():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("T ") == 8
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_what_comes_in_at_a_segments_border(backwards):
+    """The combination in plain torch: each segment takes on what the one before (or behind) it hands on."""
+    generator = torch.Generator().manual_seed(0)
+    ends, total = torch.randn(6, 4, 5, generator=generator), torch.rand(6, 5, generator=generator)
+    A2 = -torch.rand(4, 5, generator=generator)
+    found = _across(ends, total, A2, 3, backwards=backwards).view(2, 3, 4, 5)
+    for sequence in range(2):
+        coming = torch.zeros(4, 5)
+        for segment in reversed(range(3)) if backwards else range(3):
+            torch.testing.assert_close(found[sequence, segment], coming)
+            row = 3 * sequence + segment
+            coming = ends[row] + torch.exp2(total[row] * A2) * coming
+
+
+def test_few_long_sequences_are_cut_and_many_short_ones_are_not():
+    cut = lambda rows, n_tokens: _segments(torch.empty(rows, n_tokens, 8, device="meta"), [4, 8, 64, 1, 128, 1, 1, 0])  # noqa: E731
+    assert cut(128, 447) == (1, 448)
+    assert cut(8, 4096) == (16, 256)
+    n_segments, length = cut(2, 19_001)
+    assert n_segments > 1
+    assert length % 8 == 0
+    assert (n_segments - 1) * length < 19_001 <= n_segments * length
 
 
 def test_no_tokens_need_no_kernel():
