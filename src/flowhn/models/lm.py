@@ -31,6 +31,9 @@ class CausalLM(nn.Module):
             (Hymba).
         tie_embeddings: the LM head uses the embedding's weight.
         norm_eps: added to the mean square in the final norm.
+        residual_in_fp32: under autocast, the sum that runs through the layers stays in float32, as the embedding gives it
+            (mamba_ssm's default); false: in autocast's type (Megatron's default), for half the memory traffic of all
+            norms and sums. Without autocast it changes nothing.
 
     Raises:
         UserError: a size that is not positive, or a pattern that names a block which is not there.
@@ -47,8 +50,12 @@ class CausalLM(nn.Module):
         n_meta_tokens: int = 0,
         tie_embeddings: bool = False,
         norm_eps: float = 1e-6,
+        residual_in_fp32: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(residual_in_fp32, bool):
+            raise UserError(f"model.residual_in_fp32={residual_in_fp32} must be true or false")
+        self.residual_in_fp32 = residual_in_fp32
         for key, value in (("vocab_size", vocab_size), ("d_model", d_model), ("n_layers", n_layers)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"model.{key}={value} must be a positive integer")
@@ -83,9 +90,17 @@ class CausalLM(nn.Module):
         if self.meta_tokens is not None:
             nn.init.normal_(self.meta_tokens, std=INIT_STD)
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """(B, T) long -> (B, T, D) in the type of the residual sum."""
+        x = self.embedding(input_ids)
+        device = x.device.type
+        if self.residual_in_fp32 or x.is_meta or not torch.is_autocast_enabled(device):
+            return x
+        return x.to(torch.get_autocast_dtype(device))
+
     def body(self, input_ids: Tensor) -> Tensor:
         """(B, T) long -> (B, T, D): the hidden states after the final norm, meta tokens left out."""
-        x = self.embedding(input_ids)  # (B, T, D)
+        x = self._embed(input_ids)  # (B, T, D)
         if self.meta_tokens is not None:
             meta = self.meta_tokens.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([meta, x], dim=1)  # (B, M + T, D)
@@ -111,7 +126,7 @@ class CausalLM(nn.Module):
 
     def extend_body(self, input_ids: Tensor, cache: ModelCache) -> Tensor:
         """(B, n) long -> (B, n, D): :meth:`body` of n new tokens behind those in ``cache``, which takes them up."""
-        x = self.embedding(input_ids)  # (B, n, D)
+        x = self._embed(input_ids)  # (B, n, D)
         n_meta = 0
         if self.meta_tokens is not None and not cache.seen:
             n_meta = self.n_meta_tokens
