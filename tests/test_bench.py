@@ -45,6 +45,15 @@ def test_every_benchmark_plans_its_cells(case):
     assert all(spec["batch"] >= 1 for spec in specs)
 
 
+def test_a_cell_may_have_a_batch_of_its_own():
+    specs = list(bench.plan(to_dict(compose("bench", ["sizes=[135m,1b]", "models=[llama,mamba1,hymba]"]))))
+    batches = {(spec["size"], spec["cell"]): spec["batch"] for spec in specs}
+    assert {cell: batches["135m", cell] for cell in ("llama", "mamba1", "hymba")} == dict.fromkeys(
+        ("llama", "mamba1", "hymba"), 128
+    )
+    assert batches["1b", "llama"] == 64 > batches["1b", "hymba"] > batches["1b", "mamba1"]  # by the memory they need
+
+
 def test_length_keeps_the_tokens_of_a_step():
     specs = list(bench.plan(to_dict(compose("bench", ["bench=length", "models=[llama]"]))))
     assert {spec["batch"] * spec["seq_len"] for spec in specs} == {65_536}

@@ -343,6 +343,29 @@ def test_bfloat16_autocast_stays_close():
         assert (half.float() - reference).abs().max() < 0.1 * reference.abs().max(), cell
 
 
+@pytest.mark.parametrize("fusion", ["concat_proj", "norm_mean", "gated"])
+def test_the_residual_stream_is_kept_in_the_type_that_is_asked_for(fusion):
+    words = ["size=tiny", "model=flowhn", "split=no", f"fusion={fusion}"]
+    ids = torch.randint(2048, (2, 33), generator=torch.Generator().manual_seed(0))
+    kinds, logits = {}, {}
+    for wide in (True, False):
+        torch.manual_seed(0)
+        net = build_model(to_dict(compose("train", [*words, f"+model.residual_in_fp32={str(wide).lower()}"])))
+        seen = kinds[wide] = []
+        for layer in net.layers:
+            layer.register_forward_hook(lambda _, inputs, output, seen=seen: seen.append(output[0].dtype))
+        exact = net(ids)
+        assert set(seen) == {torch.float32}  # without autocast nothing changes
+        seen.clear()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits[wide] = net(ids).float()
+        off = (logits[wide] - exact).norm() / exact.norm()
+        assert 0 < off < 0.03
+    assert set(kinds[True]) == {torch.float32}
+    assert set(kinds[False]) == {torch.bfloat16}
+    assert not torch.equal(logits[True], logits[False])
+
+
 def test_an_untrained_model_predicts_uniformly():
     model, x = build("flowhn_fac"), ids(64)
     loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())

@@ -119,8 +119,8 @@ def plan(config: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     lengths = [config["seq_len"]] if config["seq_len"] else case["seq_lens"]
     for size in sizes:
         for seq_len in lengths:
-            batch, first = _batch(config, case, size, seq_len, lengths[0])
             for cell in chosen:
+                batch, first = _batch(config, case, size, cell, seq_len, lengths[0])
                 entry = case["cells"][cell]
                 peer, own = (entry["peer"], entry["overrides"]) if isinstance(entry, Mapping) else (None, entry)
                 overrides = [
@@ -150,11 +150,15 @@ def _chosen(key: str, wanted: Any, known: Mapping[str, Any]) -> list[str]:
 
 
 def _batch(
-    config: Mapping[str, Any], case: Mapping[str, Any], size: str, seq_len: int, shortest: int
+    config: Mapping[str, Any], case: Mapping[str, Any], size: str, cell: str, seq_len: int, shortest: int
 ) -> tuple[Any, int]:
-    """The number of sequences or ``auto``, and where a search begins."""
+    """The number of sequences or ``auto``, and where a search begins.
+
+    The bench file's ``batch`` may differ by size, and within a size by cell (``{default: 64, mamba1: 16}``).
+    """
     batch = config["batch"] if config["batch"] is not None else case["batch"]
     batch = batch.get(size) if isinstance(batch, Mapping) else batch
+    batch = batch.get(cell, batch.get("default")) if isinstance(batch, Mapping) else batch
     first = max(1, _FIRST_BATCH[size] * 1024 // seq_len) if seq_len > 1024 else _FIRST_BATCH[size]
     if batch == "auto":
         return batch, first
