@@ -259,6 +259,22 @@ def test_a_record_without_weights_is_trained_again_where_they_are_asked(tmp_path
     assert run.record() is not None  # the old record is not lost
 
 
+def test_a_long_context_result_says_what_was_asked_and_is_not_made_twice(tmp_path, monkeypatch):
+    """The same as ``./reproduce.sh long_context`` looks for."""
+    from flowhn import run_long_context
+
+    session = accuracy_jobs.Session(options(tmp_path, kinds="long", long_override=["eval.limit=25"]))
+    job = next(job for job in session.jobs if job.kind == "long")
+    run = session.run_of(job)
+    run.folder.mkdir(parents=True)
+    monkeypatch.setattr(run_long_context, "evaluate_long", lambda *args: {"seconds": 3.0})
+    assert accuracy_session.run_job(session, job, None) == ("3 s", True)
+    told = json.loads((run.folder / "eval-long_context.json").read_text())
+    suite = run_long_context.long_suite(load_artefact("long_context").suite["135m"])
+    assert told["asked"] == run_long_context.asked_of(suite)
+    assert accuracy_session.run_job(session, job, None) == ("its result is there already", False)
+
+
 def test_what_is_compiled_first_is_what_runs_first(tmp_path):
     def cells(gpu: int, **words) -> list[str]:
         session = accuracy_jobs.Session(options(tmp_path, tokens=30_000_000, size="135m", **words))

@@ -51,7 +51,7 @@ def evaluate_long(run: Run, suite: Mapping[str, Any], workshop: Any) -> dict[str
         hardware=hardware,
         heldout_file=prepared.heldout_file,
     )
-    return described(run.config, run.run_id) | _provenance(run, hardware) | result | {"asked": asked_of(suite)}
+    return described(run.config, run.run_id) | _provenance(run, hardware) | result
 
 
 def _provenance(run: Run, hardware: Any) -> dict[str, Any]:
@@ -99,6 +99,6 @@ def measure_long_context(runs: Mapping[str, Run], folder: Path, *, overrides: Se
                 continue
         say(f"{run.name}: retrieval over {', '.join(suite['tasks'])}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, evaluate_long(run, suite, workshop))
+        write_json(path, evaluate_long(run, suite, workshop) | {"asked": asked})
     write_long_context(folder / FOLDER_NAME, folder)
     return folder
