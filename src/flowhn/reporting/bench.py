@@ -25,6 +25,9 @@ _LABELS = {
     "fac_mamba2_overlap": "FlowHN FAC_Split, Mamba-2 branch, two streams",
     "fac_flops": "FlowHN FAC_Split, cut by FLOPs",
     "fac_time": "FlowHN FAC_Split, cut by measured time",
+    "fac_bf16_residual": "FlowHN FAC_Split, bf16 residual",
+    "fac_mamba2_bf16_residual": "FlowHN FAC_Split, Mamba-2 branch, bf16 residual",
+    **{f"fac_mamba2_chunk{n}": f"FlowHN FAC_Split, Mamba-2 branch, chunks of {n}" for n in (64, 128, 256)},
     **{f"fac_0{n}": f"FlowHN FAC_Split, {n}0 % to attention" for n in range(1, 10)},
 }
 
