@@ -297,7 +297,8 @@ def bench_record(
     content = {
         "cell": cell, "size": size, "seq_len": T, "protocol": "optimised", "repeat": 0, "status": "done", "batch": 4,
         "device": {"name": device, "type": kind, "count": 2}, "git": {"commit": "abcdef1234", "dirty": False},
-        "window_step_seconds": [tokens / tps / f for f in (0.96, 1.0, 1.04)], "tps": tps, "parameters": {"tiny": 7e5, "135m": 1.3e8}[size],
+        "window_step_seconds": [tokens / tps / f for f in (0.96, 1.0, 1.04)], "tps": tps,
+        "parameters": {"tiny": 7e5, "135m": 1.3e8}[size],
         "flops_per_token": 1e6 * T, "peak_flops": 1e12, "share_of_matmul": 0.1, "peak_bytes": None, "first_step_seconds": 1.0,
         "cell_seconds": 6.0,
     }  # fmt: skip

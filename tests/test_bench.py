@@ -324,6 +324,8 @@ def test_the_first_step_is_told_by_what_was_compiled_before_it():
     assert list(shown["first step s, warm caches"]) == ["2.0", "", "0.5"]
     assert "≥: not prepared" in how_measured([prepared, alone])
     assert "≥" not in how_measured([prepared])
+    assert list(readable(bench_table([eager]))["first step s"]) == ["0.5"]  # nothing was compiled
+    assert list(readable(bench_table([eager]))["first step s"]) == ["0.5"]  # nothing was compiled
 
 
 def test_why_a_goal_is_missed_comes_from_the_profile():

@@ -31,6 +31,8 @@ LENGTH_LIMITS = (
     "Random tokens and a constant number of tokens in a step: cost is measured, not what a longer context teaches."
 )
 _WIDTH, _DPI = 7.0, 200
+_BARS = {"linestyle": "none", "capsize": 2, "elinewidth": 0.7, "capthick": 0.7}
+_BARS = {"linestyle": "none", "capsize": 2, "elinewidth": 0.7, "capthick": 0.7}
 _PLACE = 0.6  # of a size's place that its models take
 _HEADS: dict[str, tuple[str, str]] = {
     "model": ("model", "{}"),
@@ -223,6 +225,10 @@ def length_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
         ):
             for (cell, device), part in frame.groupby(["cell", "device"], sort=False):
                 _line(axis, part, "seq_len", column, str(cell), is_open=devices.index(device) > 0)
+                if column == "tps":
+                    axis.errorbar(
+                        part.seq_len, part.tps, yerr=part.tps * part.spread / 100, **_BARS, color=look(str(cell)).color
+                    )
             lengths = sorted(frame.seq_len.unique())
             axis.set_xscale("log", base=2)
             axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
@@ -231,8 +237,8 @@ def length_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
             axis.set_ylabel(text)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].yaxis.set_major_formatter(EngFormatter(sep=""))
-        told = f"Filled: {devices[0]}" + (f"; open: {', '.join(devices[1:])}" if len(devices) > 1 else "")
-        axes[0].set_title(told, loc="left", fontsize=7)
+        told = f"filled: {devices[0]}; open: {', '.join(devices[1:])}" if len(devices) > 1 else devices[0]
+        axes[0].set_title(f"Bars: range of the timed windows ({told})", loc="left", fontsize=7)
         _legend(figure, axes[0])
         return save(figure, path)
 
