@@ -339,6 +339,10 @@ def test_scaling_length_says_what_is_kept(tmp_path):
         "From T = 128 to 1,024 on CPU, 2 threads, FlowHN FAC_Split keeps 75 ± 6 %, Llama keeps 50 ± 4 % of its tokens/s (±: "
         "the spread of both speeds over their timed windows). At 1,024 the fastest is FlowHN FAC_Split with 3,000 tokens/s."
     )
+    bench_record(tmp_path, "llama", "tiny", 4000.0, T=2048)
+    assert "(Llama by 60 % from 1,024 to 2,048) tell that these cells differ" in ablation.answer(
+        ablation.table(tmp_path)
+    )
     assert len(ablation.figure(frame).axes) == 2
 
 
