@@ -21,6 +21,7 @@ from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import find_bench_records, write_bench
 from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
 from flowhn.reporting.branches import find_measurements, write_branches
+from flowhn.reporting.goals import goals, readable_goals
 from flowhn.reporting.long_context import write_long_context
 from flowhn.reporting.missed import missed_lines
 from flowhn.reporting.record import find_records
@@ -82,6 +83,14 @@ def figure4_block() -> str:
     """The part of experiments/figure4/README.md that comes from records: the newest table, why goals are missed, repeats."""
     _, _, body = (FIGURE4 / "h200" / "table.md").read_text(encoding="utf-8").partition("\n\n")
     parts = [body.strip()]
+    beside = [
+        readable_goals(found).assign(records=f"[bench/{folder.name}](../bench/{folder.name}/table.md)")
+        for folder in settings(ROOT / "experiments" / "bench")
+        if not (found := goals(find_bench_records(folder / "records"))).empty
+    ]
+    if beside:
+        table = pd.concat(beside, ignore_index=True).fillna("")
+        parts += ["**Goals of other cases**", table.to_markdown(index=False, disable_numparse=True)]
     missed = missed_lines(find_bench_records(FIGURE4 / "h200" / "records"), product_flops)
     if missed:
         parts += ["**Why goals are missed**", "\n".join(missed)]
