@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,7 +14,7 @@ import torch
 from flowhn import bench, bench_cell
 from flowhn.benchmark.peers import PEERS, build_peer, peer_kernels
 from flowhn.benchmark.profile import kind_of, profile_steps, union
-from flowhn.config import compose, groups, to_dict
+from flowhn.config import build_model, compose, groups, to_dict
 from flowhn.errors import UserError
 from flowhn.reporting.bench import (
     bench_table,
@@ -187,8 +189,6 @@ def test_tokens_are_random_and_the_next_ones_are_the_labels():
 def test_peers_have_our_size_and_the_same_targets(name):
     config = to_dict(compose("train", [f"model={name}", "size=tiny"]))
     peer = build_peer(name, config)
-    from flowhn.config import build_model
-
     ours = build_model(config).num_parameters()
     assert sum(parameter.numel() for parameter in peer.parameters()) == pytest.approx(ours, rel=0.02)
     data = torch.randint(2048, (2, 18))
@@ -340,6 +340,25 @@ def test_why_a_goal_is_missed_comes_from_the_profile():
     assert "SSM scan 25 %, loss 15 %" in line
     assert missed_lines([fake("flowhn_fac", 1_100_000, profile=profile)], lambda record: 1.0) == []
     assert "Nothing was profiled" in missed_lines([fake("flowhn_fac", 1.0)], lambda record: 1.0)[0]
+
+
+def test_product_flops_are_those_of_the_linear_layers_on_the_tokens_that_reach_them():
+    path = Path(__file__).resolve().parents[1] / "scripts" / "refresh_experiments.py"
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def both(*words):
+        config = to_dict(compose("train", ["size=tiny", "seq_len=64", *words]))
+        with torch.device("meta"):
+            net = build_model(config)
+        all_tokens = 6 * sum(layer.weight.numel() for layer in net.modules() if isinstance(layer, torch.nn.Linear))
+        return script.product_flops({"config": config, "seq_len": 64}), all_tokens, 3 * net.flops(64) / 64
+
+    products, all_tokens, total = both("model=llama")
+    assert products == all_tokens < total  # attention's own products are no linear layers
+    products, all_tokens, total = both("model=flowhn", "split=fac")
+    assert products < min(all_tokens, total)  # a branch sees a share of the tokens
 
 
 def test_each_peer_stands_beside_ours_with_a_label_of_two_lines():
