@@ -68,7 +68,15 @@ RULER_TASKS = {
     "ruler_qa_hotpot": RulerTask("qa_hotpot.yaml", download="HotpotQA from the Hugging Face hub"),
 }
 # Of lm-eval's YAML; its functions are named apart, since reading niah_single_1.yaml with them imports all that it may need.
-_KEPT = ("output_type", "doc_to_text", "doc_to_target", "gen_prefix", "target_delimiter", "generation_kwargs", "repeats")
+_KEPT = (
+    "output_type",
+    "doc_to_text",
+    "doc_to_target",
+    "gen_prefix",
+    "target_delimiter",
+    "generation_kwargs",
+    "repeats",
+)
 _LOCAL = [name for name, task in RULER_TASKS.items() if not task.download]
 
 
@@ -169,7 +177,9 @@ def _questions(
         _check_room(task, maker, length, tokenizer)
         try:
             rows = list(getattr(maker, make)(max_seq_lengths=[length])["test"])
-        except Exception as error:  # requests, datasets, the hub and nltk raise many classes for data that cannot be had
+        except (
+            Exception
+        ) as error:  # requests, datasets, the hub and nltk raise many classes for data that cannot be had
             if isinstance(error, ValueError) and "max_seq_length" in str(error):
                 raise _too_short(task, length) from error
             raise _cannot(task, error) from error
@@ -229,15 +239,18 @@ def _check_room(task: str, maker: ModuleType, length: int, tokenizer: Tokenizer)
 
 
 def _too_short(task: str, length: int, least: int | None = None) -> UserError:
-    least_words = f"about {least} with the model's tokenizer" if least else "more with the model's tokenizer"
+    needed = f"about {least}" if least else "more"
+    enough = 1 << (least - 1 if least else length).bit_length()  # the next power of two
     return UserError(
-        f"eval.lengths={length} is too short for {task}, which needs {least_words}; set eval.lengths=[{2 * (least or length)}] "
-        f"or leave {task} out of eval.tasks"
+        f"eval.lengths={length} is too short for {task}, which needs {needed} with the model's tokenizer; set "
+        f"eval.lengths=[{enough}] or leave {task} out of eval.tasks"
     )
 
 
 def _cannot(task: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+    reason = (str(error).strip().splitlines() or [""])[0].split("(")[0].strip() or type(error).__name__
+    if isinstance(error, OSError):  # of requests and the hub: its text is their whole stack of causes
+        reason = type(error).__name__
     download = RULER_TASKS[task].download
     if not download:
         return UserError(f"lm-eval could not make {task} ({reason}); leave it out of eval.tasks")
