@@ -119,7 +119,9 @@ def test_they_are_those_that_lm_eval_makes(tmp_path, tokenizer, words, monkeypat
     found = written(tmp_path, tokenizer, "niah_single_1_600")["niah_single_1_600"]
     from lm_eval.tasks.ruler import niah_utils
 
-    monkeypatch.setattr(niah_utils, "get_tokenizer", lambda name: lambda text: SimpleNamespace(input_ids=tokenizer.encode(text)))
+    monkeypatch.setattr(
+        niah_utils, "get_tokenizer", lambda name: lambda text: SimpleNamespace(input_ids=tokenizer.encode(text))
+    )
     random.seed("0 niah_single_1_600")
     random.getrandbits(32)
     rows = list(niah_utils.niah_single_1(tokenizer="ours", max_seq_lengths=[600])["test"])
@@ -203,17 +205,29 @@ def refused(folder, tokenizer, name: str, match: str) -> None:
 def test_a_length_that_is_too_short_is_refused(task, tmp_path, tokenizer, words):
     """lm-eval would look for a shorter question for ever (vt, cwe, fwe)."""
     for length in (1, 64):
-        refused(tmp_path, tokenizer, f"{task}_{length}", rf"eval.lengths={length} is too short for {task}, .* set eval.lengths=")
+        refused(
+            tmp_path,
+            tokenizer,
+            f"{task}_{length}",
+            rf"eval.lengths={length} is too short for {task}, .* set eval.lengths=",
+        )
 
 
 def test_an_example_that_is_too_long_is_refused(tmp_path):
     spells = TextTokenizer(backend=train_bpe(iter(["a"]), vocab_size=257), eos_id=0)
-    refused(tmp_path, spells, "ruler_vt_4096", "worked example of ruler_vt 500 tokens.*leave ruler_vt out of eval.tasks")
+    refused(
+        tmp_path, spells, "ruler_vt_4096", "worked example of ruler_vt 500 tokens.*leave ruler_vt out of eval.tasks"
+    )
 
 
 def test_a_missing_package_is_named(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(ruler, "find_spec", lambda name: None)
-    refused(tmp_path, tokenizer, "niah_single_1_600", r"niah_single_1 needs the package wonderwords.*\[ruler_vt, ruler_fwe\]")
+    refused(
+        tmp_path,
+        tokenizer,
+        "niah_single_1_600",
+        r"niah_single_1 needs the package wonderwords.*\[ruler_vt, ruler_fwe\]",
+    )
 
 
 def test_data_that_cannot_be_had_is_named(tmp_path, tokenizer, words, monkeypatch):
