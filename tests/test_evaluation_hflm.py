@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -24,6 +23,7 @@ from flowhn.evaluation import Evaluator, FlowHNLM
 from flowhn.evaluation.suites import PAPER_TASKS
 from flowhn.models.convert import from_transformers
 from flowhn.reporting.record import environment
+from widened import Widened
 
 RECORD = os.environ.get("FLOWHN_HFLM_RECORD")  # where the slow test writes what it measured
 DATA_DIR = os.environ.get("FLOWHN_EVAL_DATA_DIR")  # folder with the paper's tasks, for the slow test
@@ -63,18 +63,6 @@ def hflm(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, batch_size: in
 
     options |= {"batch_size": batch_size, "max_length": max_length, "device": "cpu"}
     return HFLM(pretrained=model, tokenizer=tokenizer, **options)
-
-
-class Widened(TorchFunctionMode):
-    """Every cast to float32 becomes one to float64, so that nothing bounds the precision of a float64 model."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def widen(value):
-            return torch.float64 if value is torch.float32 else value
-
-        if func is torch.Tensor.float:
-            return args[0].double()
-        return func(*map(widen, args), **{key: widen(value) for key, value in (kwargs or {}).items()})
 
 
 def llama(vocab_size: int, max_length: int, **sizes: int) -> LlamaForCausalLM:

@@ -64,10 +64,10 @@ def _adapter(path: Path) -> list[str]:
     found = json.loads(path.read_text(encoding="utf-8"))
     lines = [
         "",
-        f"The adapter beside lm-eval's own `HFLM` on the same random weights, padded and batched, {found['requests']} real requests of "
-        f"the six sets; largest difference in a log-likelihood, in nats:",
+        "The adapter beside lm-eval's own `HFLM` on the same random weights, padded and batched: largest difference in a "
+        f"log-likelihood, in nats, of {found['requests']} real requests of the six sets.",
         "",
-        "| model | float32 | float32, `HFLM` told to sum in float64 | float64 | from float64: ours, float32 | from float64: `HFLM`, float32 |",
+        "| model | float32 | float32, `HFLM`'s sums in float64 | float64 | ours, float32 to float64 | `HFLM`, float32 to float64 |",
         "|---|---|---|---|---|---|",
     ]
     for model in found["models"].values():
@@ -89,11 +89,12 @@ def _adapter(path: Path) -> list[str]:
     return [
         *lines,
         "",
-        f"The limits are {found['limits']['float32']:.0e} in float32 and {found['limits']['float64']:.0e} in float64. What differs in float32 is "
-        f"rounding: `HFLM` adds up a continuation in float32 (log-likelihoods of up to {largest:,.0f} nats), ours in float64. Rolling "
-        f"log-likelihoods agree to {rolling['float32']:.1e} of their size in float32, {rolling['float64']:.1e} in float64. Best of three on "
-        f"{found['threads']} CPU thread(s), Llama: {min(found['seconds_ours']):.1f} s, `HFLM` {min(found['seconds_hflm']):.1f} s at its best "
-        f"batch size ({found['hflm_batch_size']}). How: [experiments/hflm](experiments/hflm/README.md).",
+        f"The limits are {found['limits']['float32']:.0e} in float32 and {found['limits']['float64']:.0e} in float64. What differs in "
+        "float32 is rounding: `HFLM` adds up a continuation in float32 (log-likelihoods of up to "
+        f"{largest:,.0f} nats), ours in float64. Rolling log-likelihoods agree to {rolling['float32']:.1e} of their size in "
+        f"float32, {rolling['float64']:.1e} in float64. Best of three on {found['threads']} CPU thread(s), Llama: "
+        f"{min(found['seconds_ours']):.1f} s, `HFLM` {min(found['seconds_hflm']):.1f} s at its best batch size "
+        f"({found['hflm_batch_size']}). How: [experiments/hflm](experiments/hflm/README.md).",
     ]
 
 
