@@ -30,7 +30,7 @@ def _main(argv: Sequence[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example eval=paper eval.data_dir=DIR")
     parser.add_argument("--val-loss", action="store_true", help="also the loss on the run's own validation rows")
     parser.add_argument("--trust", action="store_true", help="build classes from outside flowhn that the run names")
-    args = parser.parse_args(list(argv))
+    args = parser.parse_intermixed_args(list(argv))  # key=value may stand behind an option
 
     from flowhn.config import compose, to_dict
     from flowhn.evaluation.suites import needs_heldout

@@ -117,6 +117,8 @@ def _hugging_face_model(loaded: LoadedRun) -> FlowHNForCausalLM:
     model.generation_config = GenerationConfig(
         eos_token_id=eos, pad_token_id=config.pad_token_id, do_sample=False, use_cache=True
     )
+    # Once from_pretrained has loaded an export in this process, transformers would copy the package's own files as well.
+    model._auto_class = model.config._auto_class = None
     return model.eval()
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowhn.errors import UserError
-from flowhn.run_folder import tokenizer_hash
 
 if TYPE_CHECKING:
     from flowhn.experiment import Workshop
@@ -41,7 +42,7 @@ def validate(loaded: LoadedRun, *, workshop: Workshop, config: Mapping[str, Any]
     if (lacks := next((key for key in ("seed", "val_rows") if key not in config), None)) is not None:
         raise UserError(f"{loaded.folder} does not tell its {lacks}, which --val-loss needs; export the run again")
     prepared = workshop.prepare(config)
-    if tokenizer_hash(prepared.dir) != tokenizer_hash(loaded.folder):
+    if _backend(prepared.dir) != _backend(loaded.folder):
         own = next(path for name in TOKENIZER_NAMES if (path := loaded.folder / name).exists())
         prepared = workshop.prepare({**config, "data": {**config["data"], "tokenizer": str(own.absolute())}})
     rows = max(1, _BATCH_TOKENS // config["seq_len"])
@@ -64,3 +65,10 @@ def validate(loaded: LoadedRun, *, workshop: Workshop, config: Mapping[str, Any]
             lit.validation_step({key: value.to(hardware.device) for key, value in batch.items()}, index)
             count += len(batch["labels"])
     return {"loss": lit.validation_loss(), "rows": count, "data_sha256": prepared.stats.get("sha256")}
+
+
+def _backend(folder: Path) -> Any:
+    """Content of a folder's tokenizer.json, however it is laid out; None where there is none."""
+    places = (folder / "tokenizer.json", folder / "tokenizer" / "tokenizer.json")
+    path = next((path for path in places if path.is_file()), None)
+    return None if path is None else json.loads(path.read_text(encoding="utf-8"))

@@ -67,7 +67,7 @@ def _adapter(path: Path) -> list[str]:
         "The adapter beside lm-eval's own `HFLM` on the same random weights, padded and batched: largest difference in a "
         f"log-likelihood, in nats, of {found['requests']} real requests of the six sets.",
         "",
-        "| model | float32 | float32, `HFLM`'s sums in float64 | float64 | ours, float32 to float64 | `HFLM`, float32 to float64 |",
+        "| model | float32 | float32, `HFLM`'s sums in float64 | float64 | ours: float32 - float64 | `HFLM`: float32 - float64 |",
         "|---|---|---|---|---|---|",
     ]
     for model in found["models"].values():
@@ -89,8 +89,8 @@ def _adapter(path: Path) -> list[str]:
     return [
         *lines,
         "",
-        f"The limits are {found['limits']['float32']:.0e} in float32 and {found['limits']['float64']:.0e} in float64. What differs in "
-        "float32 is rounding: `HFLM` adds up a continuation in float32 (log-likelihoods of up to "
+        f"The limits are {found['limits']['float32']:.0e} in float32 and {found['limits']['float64']:.0e} in float64. What "
+        "differs in float32 is rounding: `HFLM` adds up a continuation in float32 (log-likelihoods of up to "
         f"{largest:,.0f} nats), ours in float64. Rolling log-likelihoods agree to {rolling['float32']:.1e} of their size in "
         f"float32, {rolling['float64']:.1e} in float64. Best of three on {found['threads']} CPU thread(s), Llama: "
         f"{min(found['seconds_ours']):.1f} s, `HFLM` {min(found['seconds_hflm']):.1f} s at its best batch size "
