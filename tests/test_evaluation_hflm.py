@@ -6,7 +6,7 @@ import json
 import os
 import random
 import time
-from importlib import metadata
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +16,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.modeling_outputs import CausalLMOutput
 
+from flowhn.benchmark import describe_device
 from flowhn.config import build_model, compose
 from flowhn.data.tokenization import TextTokenizer, train_bpe
 from flowhn.evaluation import Evaluator, FlowHNLM
 from flowhn.evaluation.suites import PAPER_TASKS
 from flowhn.models.convert import from_transformers
+from flowhn.reporting.record import environment
+from widened import Widened
 
 RECORD = os.environ.get("FLOWHN_HFLM_RECORD")  # where the slow test writes what it measured
 DATA_DIR = os.environ.get("FLOWHN_EVAL_DATA_DIR")  # folder with the paper's tasks, for the slow test
@@ -55,10 +58,11 @@ def tokenizers(texts: list[str], vocab_size: int) -> tuple[TextTokenizer, PreTra
     return TextTokenizer(backend=backend, eos_id=0), hf
 
 
-def hflm(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, max_length: int):
+def hflm(model: nn.Module, tokenizer: PreTrainedTokenizerFast, *, batch_size: int, max_length: int, **options: str):
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length, device="cpu")
+    options |= {"batch_size": batch_size, "max_length": max_length, "device": "cpu"}
+    return HFLM(pretrained=model, tokenizer=tokenizer, **options)
 
 
 def llama(vocab_size: int, max_length: int, **sizes: int) -> LlamaForCausalLM:
@@ -115,6 +119,17 @@ def check(compare, name: str, net, reference, both, batch_size: int) -> None:
     )
 
 
+def test_in_float64_the_adapters_give_the_same_sums(both, compare):
+    """The same float64 network behind both, padded and batched: no rounding hides a difference."""
+    for name, words in {"flowhn_fac, split.window=16": ("split.window=16",), "mamba2": ("model=mamba2",)}.items():
+        net = flowhn(320, *words).double()
+        with Widened():
+            ours = FlowHNLM(net, both[0], max_length=MAX_LENGTH, batch_tokens=400).loglikelihood(pairs())
+            theirs = hflm(Wrapped(net), both[1], batch_size=7, max_length=MAX_LENGTH)
+            theirs = theirs.loglikelihood(pairs(), disable_tqdm=True)
+        agree(compare, f"{name}, float64, batch size 7", ours, theirs, 1e-10)
+
+
 def test_llama_by_transformers_and_by_us(both, compare):
     reference = llama(320, MAX_LENGTH)
     check(compare, "llama", from_transformers(reference).eval(), reference, both, batch_size=7)
@@ -141,6 +156,30 @@ def test_generation(both):
 
 # --- real requests: FLOWHN_EVAL_DATA_DIR=FOLDER pytest -m slow -s tests/test_evaluation_hflm.py
 
+LIMIT = {"float32": 1e-4, "float64": 1e-9}  # of a log-likelihood, in nats
+BATCH = 8  # HFLM's fastest on CPU, of 1 to 32
+LLAMA = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6}
+MODELS = {
+    "llama": "Llama, d_model 256, 6 layers",
+    "flowhn_fac": "FlowHN FAC_Split, split.window=64, d_model 80, 3 blocks",
+    "mamba2": "Mamba-2, d_model 80, 8 layers",
+}
+
+
+def _pair(name: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+    """The same random weights for us and for ``HFLM``, in ``dtype``."""
+    if name == "llama":
+        reference = llama(8192, 1024, **LLAMA)
+        if dtype is torch.float64:
+            narrow = reference
+            with Widened():  # RoPE's frequencies are made here
+                reference = LlamaForCausalLM(narrow.config).double().eval()
+            reference.load_state_dict(narrow.state_dict())
+        return from_transformers(reference).eval(), reference
+    words = ["split.window=64"] if name == "flowhn_fac" else ["model=mamba2"]
+    net = flowhn(8192, "seq_len=1024", *words).to(dtype)
+    return net, Wrapped(net)
+
 
 def _real_requests(folder: str, work_dir: Path, number: int) -> list:
     """``number`` requests of the six tasks, drawn evenly from each, whole questions apart from the last."""
@@ -154,43 +193,104 @@ def _real_requests(folder: str, work_dir: Path, number: int) -> list:
     return drawn
 
 
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """500 requests of the six sets, and the tokenizer, ours and transformers'."""
+    asked = _real_requests(DATA_DIR, tmp_path_factory.mktemp("tasks"), 500)
+    assert len(asked) == 500
+    return asked, *tokenizers([" ".join(request.args) for request in asked], 8192)
+
+
+def _keep(part: dict) -> None:
+    """Add to the record, where one is asked for."""
+    if RECORD:
+        path = Path(RECORD)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        record.setdefault("models", {}).update(part.pop("models", {}))
+        path.write_text(json.dumps(record | part | environment(), indent=1) + "\n", encoding="utf-8")
+
+
+def _largest(found: list, other: list) -> float:
+    return max(abs(a - b) for (a, _), (b, _) in zip(found, other, strict=True))
+
+
+def _scores(name: str, real: tuple, dtype: torch.dtype) -> dict[str, list]:
+    """What each adapter gives for the requests and (``rolling``) for 20 long texts; in float64 nothing is cast to float32."""
+    asked, tokenizer, hf_tokenizer = real
+    net, reference = _pair(name, dtype)
+    rolling = [SimpleNamespace(args=(request.args[0] * 8,)) for request in asked[:20]]
+    lms = {
+        "ours": FlowHNLM(net, tokenizer, max_length=1024),
+        "hflm": hflm(reference, hf_tokenizer, batch_size=BATCH, max_length=1024),
+    }
+    if dtype is torch.float32:  # the same float32 logits, summed in float64
+        wide = {"batch_size": BATCH, "max_length": 1024, "softmax_dtype": "float64"}
+        lms["hflm, sums in float64"] = hflm(reference, hf_tokenizer, **wide)
+    found = {}
+    with Widened() if dtype is torch.float64 else nullcontext():
+        for key, lm in lms.items():
+            found[key] = lm.loglikelihood(asked, disable_tqdm=True)
+            if key in ("ours", "hflm"):
+                sums = lm.loglikelihood_rolling(rolling, disable_tqdm=True)
+                found[f"{key}, rolling"] = [(value, True) for value in sums]
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not DATA_DIR, reason="FLOWHN_EVAL_DATA_DIR is not set")
-def test_500_real_requests_agree_and_are_no_slower(tmp_path, compare):
-    asked = _real_requests(DATA_DIR, tmp_path, 500)
-    assert len(asked) == 500
-    ours_tokenizer, hf_tokenizer = tokenizers([" ".join(request.args) for request in asked], 8192)
-    reference = llama(8192, 1024, hidden_size=256, intermediate_size=704, num_hidden_layers=6)
-    net = from_transformers(reference).eval()
-    theirs = hflm(reference, hf_tokenizer, batch_size=8, max_length=1024)  # its fastest on CPU, of 1 to 32
-    found, seconds = {}, {"ours": [], "hflm": []}
+@pytest.mark.parametrize("name", MODELS)
+def test_500_real_requests_agree(name, real, compare):
+    """In float32 to 1e-4 and in float64 to 1e-9: what is left in float32 is rounding, and the record says whose."""
+    found = {str(dtype).removeprefix("torch."): _scores(name, real, dtype) for dtype in (torch.float32, torch.float64)}
+    seen: dict = {"model": f"{MODELS[name]}, vocabulary 8,192"}
+    for precision, scores in found.items():
+        ours, theirs = scores["ours, rolling"], scores["hflm, rolling"]
+        seen[precision] = {
+            "largest_difference": _largest(scores["ours"], scores["hflm"]),
+            "rolling_largest_relative_difference": max(
+                abs(a - b) / abs(b) for (a, _), (b, _) in zip(ours, theirs, strict=True)
+            ),
+        }
+    exact, rounded = found["float64"]["ours"], found["float32"]
+    seen["largest_log_likelihood"] = max(abs(value) for value, _ in exact)
+    seen["float32"]["largest_difference_with_hflm_sums_in_float64"] = _largest(
+        rounded["ours"], rounded["hflm, sums in float64"]
+    )
+    seen["float32"]["largest_distance_from_float64"] = {
+        key: _largest(rounded[key], exact) for key in ("ours", "hflm", "hflm, sums in float64")
+    }
+    print(f"\n{json.dumps(seen, indent=1)}")
+    _keep({"models": {name: seen}})
+    for precision, scores in found.items():
+        agree(
+            compare, f"{name}, 500 requests of six tasks, {precision}", scores["ours"], scores["hflm"], LIMIT[precision]
+        )
+    assert seen["float32"]["rolling_largest_relative_difference"] < 1e-5
+    assert seen["float64"]["rolling_largest_relative_difference"] < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not DATA_DIR, reason="FLOWHN_EVAL_DATA_DIR is not set")
+def test_500_real_requests_are_no_slower(real):
+    asked, tokenizer, hf_tokenizer = real
+    net, reference = _pair("llama", torch.float32)
+    theirs = hflm(reference, hf_tokenizer, batch_size=BATCH, max_length=1024)
+    seconds: dict[str, list[float]] = {"ours": [], "hflm": []}
     for _ in range(3):
-        ours = FlowHNLM(net, ours_tokenizer, max_length=1024)  # a new one: it keeps the tokens of requests it has seen
+        ours = FlowHNLM(net, tokenizer, max_length=1024)  # a new one: it keeps the tokens of requests it has seen
         for name, lm in (("ours", ours), ("hflm", theirs)):
             begun = time.perf_counter()
-            found[name] = lm.loglikelihood(asked, disable_tqdm=True)
+            lm.loglikelihood(asked, disable_tqdm=True)
             seconds[name].append(time.perf_counter() - begun)
-    largest = max(abs(a - b) for (a, _), (b, _) in zip(found["ours"], found["hflm"], strict=True))
-    print(f"\n500 requests: largest difference {largest:.2e}; seconds {seconds}")
-    agree(compare, "llama, 500 requests of six tasks", found["ours"], found["hflm"])
-    assert min(seconds["ours"]) <= min(seconds["hflm"])
-    rolling = [SimpleNamespace(args=(request.args[0] * 8,)) for request in asked[:20]]
-    differences = [
-        abs(a - b) / abs(b)
-        for a, b in zip(
-            ours.loglikelihood_rolling(rolling), theirs.loglikelihood_rolling(rolling, disable_tqdm=True), strict=True
-        )
-    ]
-    print(f"rolling: largest relative difference {max(differences):.2e}")
-    assert max(differences) < 1e-5
-    if RECORD:
-        record = {
-            "requests": len(asked), "tasks": [task for task in PAPER_TASKS if task != "lambada_openai"],
-            "model": "Llama, d_model 256, 6 layers, vocabulary 8,192", "hflm_batch_size": 8, "threads": torch.get_num_threads(),
-            "largest_difference": largest, "rolling_largest_relative_difference": max(differences),
+    print(f"\n500 requests: seconds {seconds}")
+    _keep(
+        {
+            "requests": len(asked), "tasks": [task for task in PAPER_TASKS if task != "lambada_openai"], "limits": LIMIT,
+            "hflm_batch_size": BATCH, "threads": torch.get_num_threads(), "device": describe_device(torch.device("cpu"), 1),
             "seconds_ours": seconds["ours"], "seconds_hflm": seconds["hflm"],
-            "versions": {"torch": torch.__version__, "lm_eval": metadata.version("lm_eval")},
-        }  # fmt: skip
-        Path(RECORD).parent.mkdir(parents=True, exist_ok=True)
-        Path(RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        }
+    )  # fmt: skip
+    assert min(seconds["ours"]) <= min(seconds["hflm"])

@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from flowhn.errors import UserError
 from flowhn.models import from_transformers
+from widened import Widened
 
 LOGITS, GRADIENTS = 1e-4, 1e-3  # largest difference; largest difference relative to a tensor's largest gradient
 # Some gradients are zero but for rounding (a scale that a norm takes out again): below this share of the model's largest
@@ -218,18 +218,6 @@ def test_the_configured_models_are_transformers_architectures(cell, compare):
     oracle = f"transformers {family.capitalize()}ForCausalLM of the same sizes"
     compare(cell, oracle, "logits of the model that is trained (tiny), float32", logits, LOGITS)
     compare(cell, oracle, "gradients of it, float32, relative", gradients, GRADIENTS)
-
-
-class Widened(TorchFunctionMode):
-    """Every cast to float32 becomes one to float64: transformers without the casts that bound its precision."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        def widen(value):
-            return torch.float64 if value is torch.float32 else value
-
-        if func is torch.Tensor.float:
-            return args[0].double()
-        return func(*map(widen, args), **{key: widen(value) for key, value in (kwargs or {}).items()})
 
 
 SMALL = {

@@ -1,8 +1,9 @@
 """``flowhn-eval``: zero-shot evaluation of a finished run with lm-eval.
 
-    flowhn-eval RUN [eval=paper] [eval.data_dir=FOLDER] [eval.limit=100]
+    flowhn-eval RUN [eval=paper] [eval.data_dir=FOLDER] [eval.limit=100] [--val-loss]
 
-RUN is a run's folder (``outputs/runs/...``). Results are printed and written to ``RUN/eval-<suite>.json``.
+RUN is a run's folder (``outputs/runs/...``), or what ``flowhn-export`` made of one. Results are printed and written to
+``RUN/eval-<suite>.json``. ``--val-loss`` also computes the loss on the validation rows with which the run's training ended.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def _main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="the folder of a finished run, for example outputs/runs/llama-tiny-...")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example eval=paper eval.data_dir=DIR")
+    parser.add_argument("--val-loss", action="store_true", help="also the loss on the run's own validation rows")
     parser.add_argument("--trust", action="store_true", help="build classes from outside flowhn that the run names")
-    args = parser.parse_args(list(argv))
+    args = parser.parse_intermixed_args(list(argv))  # key=value may stand behind an option
 
     from flowhn.config import compose, to_dict
     from flowhn.evaluation.suites import needs_heldout
@@ -36,6 +38,7 @@ def _main(argv: Sequence[str]) -> int:
     from flowhn.loading import load_run
     from flowhn.run_folder import write_json
     from flowhn.run_long_context import described
+    from flowhn.run_validation import validate
     from flowhn.training import resolve_hardware
 
     asked = to_dict(compose("train", args.overrides))
@@ -57,6 +60,8 @@ def _main(argv: Sequence[str]) -> int:
         hardware=hardware,
         heldout_file=workshop.prepare(config).heldout_file if needs_documents else None,
     )
+    if args.val_loss:
+        result["validation"] = validate(loaded, workshop=workshop, config=config, hardware=hardware)
     path = args.run / f"eval-{result['suite']}.json"
     write_json(path, described(loaded.config, None) | result)
     for task, numbers in result["tasks"].items():
@@ -64,6 +69,8 @@ def _main(argv: Sequence[str]) -> int:
             f"{key} {value:.4f}" for key, value in numbers.items() if isinstance(value, float) and key != "chance"
         )
         sys.stdout.write(f"{task:<22}{shown}\n")
+    if args.val_loss:
+        sys.stdout.write(f"{'validation loss':<22}{result['validation']['loss']:.4f} nats per token\n")
     sys.stdout.write(f"written: {path}\n")
     return 0
 

@@ -4,7 +4,7 @@
 
 OUT_DIR holds model.safetensors, config.json, generation_config.json, the tokenizer and two small files that import
 flowhn, so that ``AutoModelForCausalLM.from_pretrained(OUT_DIR, trust_remote_code=True)`` loads it wherever transformers and
-flowhn are installed.
+flowhn are installed. ``flowhn-generate`` and ``flowhn-eval`` take OUT_DIR too.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from flowhn.hf import FlowHNForCausalLM
     from flowhn.loading import LoadedRun
 
+# What flowhn-generate and flowhn-eval read of a run's config; the network itself is config.json's ``net``.
+_RUN_KEYS = ("vocab_size", "seq_len", "data", "eval", "choices", "cell", "seed", "tokens", "val_rows")
 # transformers copies these files and looks for the class in them; all code stays in the installed package.
 _REMOTE_FILES = {
     "configuration_flowhn.py": ("FlowHNConfig", "configuration"),
@@ -98,6 +100,7 @@ def _hugging_face_model(loaded: LoadedRun) -> FlowHNForCausalLM:
     eos = None if loaded.tokenizer is None else loaded.tokenizer.eos_id
     config = FlowHNConfig(
         net=loaded.config["model"],
+        run={key: loaded.config[key] for key in _RUN_KEYS if key in loaded.config},
         max_position_embeddings=int(loaded.config["seq_len"]),
         vocab_size=loaded.model.vocab_size,
         hidden_size=loaded.model.d_model,
@@ -114,6 +117,8 @@ def _hugging_face_model(loaded: LoadedRun) -> FlowHNForCausalLM:
     model.generation_config = GenerationConfig(
         eos_token_id=eos, pad_token_id=config.pad_token_id, do_sample=False, use_cache=True
     )
+    # Once from_pretrained has loaded an export in this process, transformers would copy the package's own files as well.
+    model._auto_class = model.config._auto_class = None
     return model.eval()
 
 

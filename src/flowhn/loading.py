@@ -18,6 +18,8 @@ from flowhn.models import CausalLM
 from flowhn.own_classes import look_here
 from flowhn.run_folder import CONFIG_NAME, WEIGHTS_NAME, file_sha256, tokenizer_hash
 
+EXPORTED_TYPE = "flowhn"  # model_type in the config.json of a folder that flowhn-export wrote
+_EXPORTED_PREFIX = "net."  # of the weights' names there
 _NEEDED = ("model", "vocab_size", "seq_len", "data", "eval", "choices")  # what loading, evaluation and export read
 
 
@@ -38,10 +40,10 @@ def load_run(
     trust: bool = False,
     config: Mapping[str, Any] | None = None,
 ) -> LoadedRun:
-    """Load a run's folder (``outputs/runs/...``).
+    """Load a run's folder (``outputs/runs/...``), or what ``flowhn-export`` made of one.
 
     Args:
-        folder: the run.
+        folder: the run, or its export.
         device: where the model goes.
         trust: also build classes from outside ``flowhn.models`` that the run's config names (a split of one's own).
         config: the caller's own configuration of this run. The model is built from it and not from the folder's, so that
@@ -56,11 +58,13 @@ def load_run(
         raise UserError(f"{folder} is not the folder of a run (no {CONFIG_NAME}); give one of outputs/runs/")
     try:
         content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        stored, wanted = content["config"], content.get("tokenizer_sha256")
+        exported = content.get("model_type") == EXPORTED_TYPE
+        stored = {**content["run"], "model": content["net"]} if exported else content["config"]
+        wanted = content.get("tokenizer_sha256")
         lacks = next((key for key in _NEEDED if key not in stored), None)
         if lacks or not isinstance(stored["model"], dict):
             raise KeyError(lacks or "model")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG_NAME} is damaged; train the run again or restore the file") from error
     if not (folder / WEIGHTS_NAME).is_file():
         raise UserError(
@@ -74,7 +78,8 @@ def load_run(
         else:
             check_targets(config["model"])
     model = build_model(config)
-    load_weights(model, folder / WEIGHTS_NAME, sha256=content.get("weights_sha256"))
+    prefix = _EXPORTED_PREFIX if exported else ""
+    load_weights(model, folder / WEIGHTS_NAME, sha256=content.get("weights_sha256"), prefix=prefix)
     if wanted is not None and (found := tokenizer_hash(folder)) not in (None, wanted):
         raise UserError(
             f"the tokenizer in {folder} is not the one it was trained with ({found[:8]} instead of {wanted[:8]}); restore it"
@@ -83,13 +88,14 @@ def load_run(
     return LoadedRun(folder, dict(config), model.to(device).eval(), open_tokenizer(tokenizer) if tokenizer else None)
 
 
-def load_weights(model: torch.nn.Module, path: Path, *, sha256: str | None = None) -> None:
+def load_weights(model: torch.nn.Module, path: Path, *, sha256: str | None = None, prefix: str = "") -> None:
     """Put a safetensors file's weights into ``model``.
 
     Args:
         model: the network.
         path: the file.
         sha256: what its bytes must hash to; null where nothing is known.
+        prefix: of every name in the file. With one, a weight that the model ties to another may be missing.
 
     Raises:
         UserError: the file is damaged, holds values that are no finite floating-point numbers, or is of another model (the
@@ -110,6 +116,9 @@ def load_weights(model: torch.nn.Module, path: Path, *, sha256: str | None = Non
             f"the weights {path} are damaged (not the bytes that training wrote); train the run again or restore the file"
         )
     own = model.state_dict()
+    if prefix:
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        _add_tied(weights, own)
     missing, unknown = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
     if missing or unknown:
         first = f"it lacks {missing[0]}" if missing else f"it has {unknown[0]}, which the model has not"
@@ -126,3 +135,11 @@ def load_weights(model: torch.nn.Module, path: Path, *, sha256: str | None = Non
                 f"the weights {path} cannot be used ({name} has {what}); train the run again or restore the file"
             )
     model.load_state_dict(weights)
+
+
+def _add_tied(weights: dict[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    """Give each missing name of ``own`` the weights of a name that shares its memory: transformers stores it once."""
+    stored = {own[name].data_ptr(): tensor for name, tensor in weights.items() if name in own and own[name].numel()}
+    for name, tensor in own.items():
+        if name not in weights and tensor.data_ptr() in stored:
+            weights[name] = stored[tensor.data_ptr()]

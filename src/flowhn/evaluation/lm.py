@@ -179,7 +179,8 @@ class FlowHNLM(TemplateLM):
             part = torch.from_numpy(places[start : start + rows]).to(hidden.device)
             with self._autocast():
                 logits = self.model.lm_head(hidden.flatten(0, 1)[part])
-            logits = logits.float()  # (n, V)
+            if logits.dtype is not torch.float64:
+                logits = logits.float()  # (n, V)
             inside = np.flatnonzero((at >= start) & (at < start + rows))
             index = torch.from_numpy(at[inside] - start).to(hidden.device)
             target = torch.from_numpy(wanted[inside]).to(hidden.device)

@@ -13,6 +13,7 @@ class FlowHNConfig(PretrainedConfig):
     Args:
         net: the network as a tree of plain containers, as in a run's config: ``_target_`` names a class of
             ``flowhn.models``, ``_partial_`` leaves it to be called by its owner.
+        run: what flowhn's own commands read of the run's config (data, evaluation, ...); transformers ignores it.
         max_position_embeddings: tokens of a training row; lm-eval cuts its inputs to this.
         routing_window: length at which decoding with a cache freezes a proportional split.
         vocab_size, hidden_size, num_hidden_layers: of the network, for tools that ask.
@@ -23,6 +24,7 @@ class FlowHNConfig(PretrainedConfig):
     def __init__(
         self,
         net: dict[str, Any] | None = None,
+        run: dict[str, Any] | None = None,
         max_position_embeddings: int = 1024,
         routing_window: int | None = None,
         vocab_size: int = 0,
@@ -32,6 +34,7 @@ class FlowHNConfig(PretrainedConfig):
         **options: Any,
     ) -> None:
         self.net = net or {}
+        self.run = run or {}
         self.max_position_embeddings = max_position_embeddings
         self.routing_window = routing_window or max_position_embeddings
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers

@@ -1,0 +1,3 @@
+from flowhn.hf.configuration import FlowHNConfig
+
+__all__ = ["FlowHNConfig"]

@@ -1,0 +1,3 @@
+from flowhn.hf.modeling import FlowHNForCausalLM
+
+__all__ = ["FlowHNForCausalLM"]
