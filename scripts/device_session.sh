@@ -12,16 +12,9 @@ cd "$(dirname "$0")/.."
 phase=${1:?check, tests or bench}; shift
 out=${OUT:-outputs}; mkdir -p "$out" /tmp/site
 
-if [ ! -e /tmp/site/.unpacked ]; then
-  if [ -f build/site.tar.xz ]; then
-    tar -xJf build/site.tar.xz -C /tmp/site || exit 3
-  else
-    for wheel in .whl/*.whl .whl2/*.whl; do
-      [ -f "$wheel" ] && { python3 -m zipfile -e "$wheel" /tmp/site || exit 3; }
-    done
-  fi
-  touch /tmp/site/.unpacked
-fi
+site=/tmp/site
+# shellcheck source=scripts/gpu_packages.sh
+source scripts/gpu_packages.sh
 export PYTHONPATH=src:/tmp/site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # Compiled kernels stay between the calls of a machine that is kept warm.
 export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton
@@ -37,6 +30,8 @@ case $phase in
     groups=(
       "tests/test_scan_triton.py -k float32"
       "tests/test_scan_triton.py -k not_float32"
+      "tests/test_ssd_triton.py -k float32"
+      "tests/test_ssd_triton.py -k not_float32"
       "tests/test_triton_kernels.py -k compiled"
       "tests/test_triton_kernels.py -k not_compiled"
       "tests/test_gpu_mixers.py -k test_ssd_and_float32"

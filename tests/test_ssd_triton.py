@@ -86,7 +86,9 @@ def differences(shape, device, dtype, function):
 
 
 # A's gradient is a sum over all tokens that cancels: float32 leaves 5e-5 of it at worst, here and in the interpreter.
-DTYPES = pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"]
+)
 
 
 def check(compare, subject, errors, dtype, limit):

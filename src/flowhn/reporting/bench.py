@@ -27,7 +27,8 @@ _LABELS = {
     "fac_time": "FlowHN FAC_Split, cut by measured time",
     "fac_bf16_residual": "FlowHN FAC_Split, bf16 residual",
     "fac_mamba2_bf16_residual": "FlowHN FAC_Split, Mamba-2 branch, bf16 residual",
-    **{f"fac_mamba2_chunk{n}": f"FlowHN FAC_Split, Mamba-2 branch, chunks of {n}" for n in (64, 128, 256)},
+    "fac_mamba2_triton": "FlowHN FAC_Split, Mamba-2 branch, our Triton kernels",
+    "fac_mamba2_mamba_ssm": "FlowHN FAC_Split, Mamba-2 branch, mamba_ssm's kernels",
     **{f"fac_0{n}": f"FlowHN FAC_Split, {n}0 % to attention" for n in range(1, 10)},
 }
 
