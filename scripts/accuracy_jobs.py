@@ -41,10 +41,11 @@ LONGEST_FIRST = (
 )
 VARIANTS = (
     "fac_keys_rope",
-    "fac_rope",
-    "fac_keys",
-    "fac_keys_rope_window",
     "fac_thin",
+    "fac_rope_thin",
+    "fac_rope",
+    "fac_keys_rope_window",
+    "fac_keys",
     "fac_window",
     "fac_keys_rope_cross",
     "fac_ratio",

@@ -54,6 +54,7 @@ _LOOKS = {
     "fac_keys_rope_window": Look("FAC, all keys, RoPE, four rings", _BLACK, ">", (0, (4, 1.5))),
     "fac_keys_rope_cross": Look("FAC, all keys, RoPE, cross fusion", _PURPLE, "P", (0, (4, 1, 1, 1))),
     "fac_thin": Look("FAC, all keys, RoPE, twice the blocks", _WINE, "X", "-"),
+    "fac_rope_thin": Look("FAC, RoPE, twice the blocks", _WINE, "D", (0, (4, 1.5))),
     "fac_ratio": Look("FAC, 0.59 to attention", _GREY, "d", (0, (1, 1))),
 }
 _OTHER_COLORS = (_PURPLE, _GREY, _SKY, _OLIVE, _WINE)
