@@ -109,7 +109,14 @@ class ParallelBlock(nn.Module):
 
     def _cost(self, n_tokens: int) -> BranchCost:
         """What the split balances, for a routing of ``n_tokens`` tokens."""
-        attn = _AllKeysCost(self.attention, n_tokens) if self.all_keys else self.attention.flops
+        attn: Callable[[int], int] = self.attention.flops
+        if self.all_keys and torch.compiler.is_compiling():  # the trace loses the fields of an object made inside it
+            layer, length = self.attention, n_tokens
+
+            def attn(n: int) -> int:
+                return layer.flops(n, queries=((length - n, length),) if n else ())
+        elif self.all_keys:
+            attn = _AllKeysCost(self.attention, n_tokens)
         return BranchCost(attn, self.ssm.flops)
 
     def token_split(self, n_tokens: int) -> TokenSplit:

@@ -34,11 +34,11 @@ class Tiles:
     walk_stages: int = 2
     output_heads: int = 8
     output_warps: int = 4
-    output_stages: int = 2
+    output_stages: int = 3
     own_heads: int = 1
     own_warps: int = 4
     own_stages: int = 2
-    shared_heads: int = 8
+    shared_heads: int = 16
     shared_warps: int = 8
     shared_stages: int = 2
 
