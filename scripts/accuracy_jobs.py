@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ SPEED = {
 }
 FAC_SPEED = 900e3  # of all other FlowHN rows
 COMPILE_SECONDS, EVAL_SECONDS, LONG_SECONDS = 10.0, 18.0, 60.0  # the first two measured in the first session
-COMMITTED = Path(__file__).resolve().parents[1] / "experiments" / "table1_lr"  # learning rates of earlier sessions
+PREPARE_SECONDS = 60.0  # assumed by the plan for data and questions, before the first job
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
+COMMITTED = EXPERIMENTS / "table1_lr"  # learning rates of earlier sessions
+ABOUT = "session.json"  # in the work folder: what was asked for, for those who sort the records at home
 LONGEST_FIRST = (
     "hymba",
     "mamba1",
@@ -37,27 +41,34 @@ LONGEST_FIRST = (
 )
 VARIANTS = (
     "fac_keys_rope",
-    "fac_keys",
+    "fac_thin",
+    "fac_rope_thin",
     "fac_rope",
     "fac_keys_rope_window",
+    "fac_keys",
     "fac_window",
-    "fac_thin",
     "fac_keys_rope_cross",
     "fac_ratio",
 )
 PROBES = ("flowhn_2.5e-4", "flowhn_no_5e-4", "flowhn_no_1e-3")  # rates of table1_lr that only kinds=probe plans
 LONG_MODELS = ("flowhn_fac", "flowhn_no", "llama", "mamba2", "shm")
+SECOND_SEEDS = ("flowhn_fac", "shm", "flowhn_no")
+BASE = "flowhn_fac"  # what the speed of the variants is compared with
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the plan: a cell of an artefact with its seed; ``kind`` is lr, probe, table, seed, variant or long."""
+    """One row of the plan: a cell of an artefact with its seed; ``kind`` is lr, probe, table, seed, variant or long.
+
+    ``then``: seconds of a later job without which this one is not worth its time; it begins only where both fit.
+    """
 
     kind: str
     artefact: str
     cell: str
     seed: int
     tokens: int
+    then: float = 0.0
 
     @property
     def name(self) -> str:
@@ -78,25 +89,101 @@ class Job:
         return training + COMPILE_SECONDS + (0 if self.is_rate else EVAL_SECONDS)
 
 
-def plan_jobs(tokens: int, lr_tokens: int, kinds: str, *, extra: Sequence[str] = (), long_seed: int = 0) -> list[Job]:
+def plan_jobs(
+    tokens: int,
+    lr_tokens: int,
+    kinds: str,
+    *,
+    extra: Sequence[str] = (),
+    long_seed: int = 0,
+    committed: Collection[tuple[str, int]] = (),
+) -> list[Job]:
     """All jobs, what matters most first.
+
+    Where the ten models are trained, learning rates come before them; elsewhere nothing depends on them and they come last.
+    Then a second measurement of FAC_Split (the variants' speed is compared with one of the same machine), second seeds,
+    variants, long context. Models that are asked over long contexts are trained in the same session: those that no other
+    job trains come right before they are asked.
 
     Args:
         tokens, lr_tokens: of a run and of a learning-rate probe.
         kinds: the kinds of job wanted, with commas.
-        extra: more rows of Table 1 as ``cell:seed``.
-        long_seed: which seed of the models is asked over long contexts; it has to be trained in the same session.
+        extra: more rows of Table 1 as ``cell:seed``, whether or not they are committed.
+        long_seed: which seed of the models is asked over long contexts.
+        committed: cells and seeds that need no second seed, because their records are there already.
     """
     from flowhn.artefacts import load_artefact
 
-    rates = load_artefact("table1_lr").cells
-    jobs = [Job("probe" if cell in PROBES else "lr", "table1_lr", cell, 0, lr_tokens) for cell in rates]
-    jobs += [Job("table", "table1", cell, 0, tokens) for cell in LONGEST_FIRST]
-    jobs += [Job("seed", "table1", cell, 1, tokens) for cell in ("flowhn_no", "flowhn_fac", "shm")]
-    jobs += [Job("seed", "table1", cell, int(seed), tokens) for cell, _, seed in (one.partition(":") for one in extra)]
-    jobs += [Job("variant", "beyond", cell, 0, tokens) for cell in VARIANTS]
-    jobs += [Job("long", "table1", cell, long_seed, tokens) for cell in LONG_MODELS]
-    return [job for job in jobs if job.kind in kinds.split(",")]
+    wanted = kinds.split(",")
+    rates = [
+        Job("probe" if cell in PROBES else "lr", "table1_lr", cell, 0, lr_tokens)
+        for cell in load_artefact("table1_lr").cells
+    ]
+    rates = [job for job in rates if job.kind in wanted]
+    table = [Job("table", "table1", cell, 0, tokens) for cell in LONGEST_FIRST if "table" in wanted]
+    more = [(cell, int(seed)) for cell, _, seed in (one.partition(":") for one in extra)]
+    asked = [(cell, long_seed) for cell in LONG_MODELS if "long" in wanted]
+    seconds = [(cell, 1) for cell in SECOND_SEEDS if "seed" in wanted and (cell, 1) not in committed]
+    # An extra row that is asked over long contexts waits for its turn there: without that it is worth least.
+    now = [row for row in more if row[0] == BASE] + seconds + [row for row in more if row not in asked]
+    trained = [(job.cell, job.seed) for job in table]
+    seeds = [Job("seed", "table1", *row, tokens) for row in dict.fromkeys(now) if row not in trained]
+    trained += [(job.cell, job.seed) for job in seeds]
+    variants = [Job("variant", "beyond", cell, 0, tokens) for cell in VARIANTS if "variant" in wanted]
+    long: list[Job] = []
+    for row in sorted(asked, key=lambda row: row not in trained):
+        job = Job("long", "table1", *row, tokens)
+        long += [job] if row in trained else [Job("seed", "table1", *row, tokens, then=job.seconds()), job]
+    late = [] if table else rates
+    return [*(rates if table else []), *table, *seeds, *variants, *long, *late]
+
+
+def committed_rows(size: str, tokens: int) -> set[tuple[str, int]]:
+    """Cells and seeds of Table 1 whose records of this size and budget are committed."""
+    from flowhn.reporting.record import find_records
+
+    found = [record for record in find_records(EXPERIMENTS / "table1") if record.size == size]
+    return {(r.cell, r.seed) for r in found if 0 <= r.tokens - tokens < r.global_batch_tokens}
+
+
+def planned(args: argparse.Namespace) -> list[Job]:
+    """The jobs that a command line asks for."""
+    return plan_jobs(
+        args.tokens, args.lr_tokens, args.kinds, extra=args.extra, long_seed=args.long_seed,
+        committed=committed_rows(args.size, args.tokens),
+    )  # fmt: skip
+
+
+def trainer(jobs: Sequence[Job], job: Job) -> Job:
+    """The job that trains the model which a long-context job asks."""
+    return next(j for j in jobs if j.kind in ("table", "seed") and (j.cell, j.seed) == (job.cell, job.seed))
+
+
+def timetable(jobs: Sequence[Job], *, gpus: int, seconds: float) -> dict[str, float]:
+    """When each job would end, in seconds, by name; those that do not fit are missing. As :meth:`Session.next_job` takes them."""
+    gate = any(job.kind == "table" for job in jobs)
+    free, ends = [PREPARE_SECONDS] * gpus, {}
+    while free:
+        free.sort()
+        now = free[0]
+        open_jobs = [job for job in jobs if job.name not in ends and now + job.seconds() + job.then <= seconds]
+        before = max((ends.get(job.name, 1e9) for job in jobs if job.is_rate), default=0.0) if gate else 0.0
+
+        def start(job: Job, before: float = before) -> float:
+            if job.kind == "long":
+                return ends.get(trainer(jobs, job).name, 1e9)
+            return 0.0 if job.is_rate else before
+
+        job = next((job for job in open_jobs if start(job) <= now), None)
+        if job is not None:
+            ends[job.name] = free[0] = now + job.seconds()
+            continue
+        later = [end for end in ends.values() if end > now]
+        if later and any(start(job) < 1e9 for job in open_jobs):
+            free[0] = min(later)
+        else:
+            free.pop(0)
+    return ends
 
 
 class Session:
@@ -105,10 +192,19 @@ class Session:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.work = Path(args.work)
-        self.jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds, extra=args.extra, long_seed=args.long_seed)
+        self.jobs = planned(args)
         self.claims = self.work / "claims"
         self.claims.mkdir(parents=True, exist_ok=True)
         self._tuned: dict[str, float] = {}
+        known = self.work / ABOUT  # of an earlier call, whose records this one goes on from
+        earlier = json.loads(known.read_text(encoding="utf-8"))["kinds"] if known.is_file() else []
+        self.kinds = sorted({*earlier, *args.kinds.split(",")})
+
+    def describe(self) -> None:
+        """Write down what is asked for: at home it decides what the records may replace."""
+        keys = ("size", "tokens", "lr_tokens", "eval", "override", "extra", "long_seed", "long_override")
+        about = {"kinds": self.kinds} | {key: getattr(self.args, key) for key in keys}
+        (self.work / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
     def say(self, text: str) -> None:
         with (self.work / "session.log").open("a", encoding="utf-8") as log:
@@ -157,10 +253,15 @@ class Session:
         return own + [record for record in kept if record.cell not in cells and kind(record) == kind(own[0])]
 
     def rate(self, job: Job) -> float | None:
+        """The learning rate of a job; None where the size's own holds.
+
+        Rates tried in this session serve it only where it trains the ten models: seeds and variants stand in one table with
+        records of an earlier session, and have to be trained as those were.
+        """
         from flowhn.artefacts import load_artefact
         from flowhn.reporting.rates import chosen_rates
 
-        if not self._tuned:
+        if not self._tuned and "table" in self.kinds:
             self._tuned = chosen_rates(self.lr_records())
         own = job.cell if job.cell == "flowhn_no" else ""  # where it was tried itself
         model = "flowhn" if job.cell.startswith(("flowhn", "fac")) else job.cell
@@ -175,22 +276,37 @@ class Session:
     def finished(self, job: Job) -> bool:
         return (self.claims / f"{job.name}.done").exists()
 
-    def finish(self, job: Job, seconds: float) -> None:
-        """Mark a job as done (or failed) and remember how long it took beside the plan."""
-        (self.claims / f"{job.name}.done").write_text(f"{seconds / job.seconds():.3f}", encoding="utf-8")
+    def finish(self, job: Job, seconds: float, *, counts: bool = True) -> None:
+        """Mark a job as over and remember how long it took beside the plan, unless it was skipped or failed."""
+        told = f"{seconds / job.seconds():.3f}" if counts else ""
+        (self.claims / f"{job.name}.done").write_text(told, encoding="utf-8")
 
     def pace(self) -> float:
         """Time that trained and evaluated jobs took, as a share of the plan; 1 until three are done."""
         done = [job for job in self.jobs if job.kind in ("table", "seed", "variant") and self.finished(job)]
-        shares = [float((self.claims / f"{job.name}.done").read_text(encoding="utf-8")) for job in done]
+        told = [(self.claims / f"{job.name}.done").read_text(encoding="utf-8") for job in done]
+        shares = [float(text) for text in told if text]
         return min(2.0, max(0.4, 1.1 * sum(shares) / len(shares))) if len(shares) >= 3 else 1.0
 
     def ready(self, job: Job) -> bool:
-        """Learning rates come first; a long-context job needs its trained model."""
+        """A long-context job needs its trained model; the ten models need the learning rates."""
         if job.kind == "long":
-            trained = [other for other in self.jobs if other.kind in ("table", "seed") and other.cell == job.cell]
-            return all(self.finished(other) for other in trained if other.seed == job.seed)
-        return job.is_rate or all(self.finished(other) for other in self.jobs if other.is_rate)
+            return self.finished(trainer(self.jobs, job))
+        if job.is_rate or "table" not in self.args.kinds.split(","):
+            return True
+        return all(self.finished(other) for other in self.jobs if other.is_rate)
+
+    def fits(self, job: Job) -> bool:
+        """Whether it would end in time; a long-context job also needs a model that is being trained or can be."""
+        if job.kind == "long" and not (self.claims / (before := trainer(self.jobs, job)).name).exists():
+            return self.fits(before)
+        return self.pace() * (job.seconds() + job.then) <= self.left()
+
+    def wants_weights(self, job: Job) -> bool:
+        """Whether a job of this session still has to ask the model that this one trains."""
+        return any(
+            (j.cell, j.seed) == (job.cell, job.seed) for j in self.jobs if j.kind == "long" and not self.finished(j)
+        )
 
     def claim(self, job: Job) -> bool:
         try:
@@ -201,9 +317,9 @@ class Session:
 
     def next_job(self) -> Job | str:
         """A claimed job; "wait" when one is not ready yet; "done"."""
-        waiting, pace = False, self.pace()
+        waiting = False
         for job in self.jobs:
-            if (self.claims / job.name).exists() or pace * job.seconds() > self.left():
+            if (self.claims / job.name).exists() or not self.fits(job):
                 continue
             if not self.ready(job):
                 waiting = True

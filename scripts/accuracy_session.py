@@ -6,12 +6,14 @@
 
 scripts/accuracy_session.sh calls it and holds the plan with its arithmetic. Jobs wait in one list, what matters most first: learning rates
 (table1_lr), the ten models, second seeds, FAC variants (beyond), long context. Each GPU takes the next job that is ready and fits into the time
-left. The learning rates chosen from this session's own records go into the later jobs' command lines.
+left. Where the ten models are trained, the learning rates chosen from this session's own records go into their command lines; a session without
+them takes the committed rates, and what it tries itself comes last.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import subprocess
@@ -22,25 +24,41 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from accuracy_jobs import Job, Session, plan_jobs
+from accuracy_jobs import PREPARE_SECONDS, Job, Session, planned, timetable
 from accuracy_keep import keep, pack
 
 ROOT = Path(__file__).resolve().parents[1]
-# Compiled while the data are prepared, by GPU.
-WARM = (
-    ("flowhn_fac", "mamba2", "llama", "hymba"),
-    ("shm", "flowhn_no", "mamba1", "jamba"),
-)
+LONG_RESULT = "eval-long_context.json"
+WARM_AT_MOST = 4  # models that a GPU compiles while the data are prepared: its jobs wait for that
 
 
-def run_job(session: Session, job: Job, workshop: Any) -> str:
-    """Do a job; returns a line for the log."""
-    from flowhn.errors import UserError
-    from flowhn.experiment import summary
+def run_job(session: Session, job: Job, workshop: Any) -> tuple[str, bool]:
+    """Do a job; returns a line for the log, and whether there was anything to do."""
+    from flowhn.run_folder import WEIGHTS_NAME
 
     run = session.run_of(job)
     if job.kind == "long":
-        return run_long(session, job, run, workshop)
+        return run_long(session, run, workshop)
+    old = run.record()
+    asked = (run.folder / WEIGHTS_NAME).is_file() or (run.folder / LONG_RESULT).is_file()
+    if old is not None and (asked or not session.wants_weights(job)):
+        return "its record is there already", False
+    # A record from another machine came without the weights that are asked next: train again.
+    kept = None if old is None else run.record_path.read_bytes()
+    run.record_path.unlink(missing_ok=True)
+    try:
+        return train(session, job, run, workshop), True
+    except BaseException:
+        if kept is not None:
+            run.record_path.write_bytes(kept)
+        raise
+
+
+def train(session: Session, job: Job, run: Any, workshop: Any) -> str:
+    """Train and evaluate, with half the micro-batch where memory is short."""
+    from flowhn.errors import UserError
+    from flowhn.experiment import summary
+
     try:
         record = workshop.run(run, lambda progress: None, say=session.say)
     except UserError as error:
@@ -53,13 +71,17 @@ def run_job(session: Session, job: Job, workshop: Any) -> str:
     return f"lr {run.config['lr']:g}, {summary(record)}, training {record.wall_seconds['train']:.0f} s"
 
 
-def run_long(session: Session, job: Job, run: Any, workshop: Any) -> str:
+def run_long(session: Session, run: Any, workshop: Any) -> tuple[str, bool]:
     from flowhn.run_folder import write_json
-    from flowhn.run_long_context import evaluate_long, long_suite
+    from flowhn.run_long_context import asked_of, evaluate_long, long_suite
 
-    result = evaluate_long(run, long_suite(session.args.long_override), workshop)
-    write_json(run.folder / "eval-long_context.json", result)
-    return f"{result['seconds']:.0f} s"
+    suite = long_suite(session.args.long_override)
+    path = run.folder / LONG_RESULT
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("asked") == asked_of(suite):
+        return "its result is there already", False
+    result = evaluate_long(run, suite, workshop) | {"asked": asked_of(suite)}  # else reproduce.sh would ask again
+    write_json(path, result)
+    return f"{result['seconds']:.0f} s", True
 
 
 def free_memory() -> None:
@@ -109,12 +131,12 @@ def worker(session: Session, gpu: int, workshop: Any) -> None:
             continue
         begun = time.time()
         try:
-            told = run_job(session, job, workshop)
+            told, counts = run_job(session, job, workshop)
             spoilt = False
         except BaseException as error:  # one failed job must not end the session
-            told, spoilt = f"FAILED: {error!r}", not isinstance(error, UserError)
+            told, counts, spoilt = f"FAILED: {error!r}", False, not isinstance(error, UserError)
             (session.work / f"error-{job.name}.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        session.finish(job, time.time() - begun)
+        session.finish(job, time.time() - begun, counts=counts)
         session.say(f"GPU {gpu}: {job.name} in {time.time() - begun:.0f} s (planned {job.seconds():.0f}): {told}")
         if spoilt:
             os._exit(3)  # a CUDA error stays with the process
@@ -123,6 +145,17 @@ def worker(session: Session, gpu: int, workshop: Any) -> None:
 
 def choose_gpu(gpu: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+
+
+def to_warm(session: Session, gpu: int) -> list[Job]:
+    """The first jobs of each model that this session trains, dealt to its GPUs; the learning rate compiles nothing anew."""
+    from flowhn.artefacts import cells_at, load_artefact
+
+    first: dict[tuple[str, ...], Job] = {}
+    for job in session.jobs:
+        words = cells_at(load_artefact(job.artefact), session.args.size, [job.cell])[job.cell]
+        first.setdefault(tuple(word for word in words if not word.startswith("lr=")), job)
+    return list(first.values())[gpu :: session.args.gpus][:WARM_AT_MOST]
 
 
 def warm(session: Session, gpu: int) -> None:
@@ -134,7 +167,7 @@ def warm(session: Session, gpu: int) -> None:
 
     CheckpointKeeper.save = lambda keeper, trainer: None
     workshop = Workshop()
-    for cell in WARM[gpu % len(WARM)]:
+    for job in to_warm(session, gpu):
         if (session.work / "prepared").exists():
             return
         words = [
@@ -143,7 +176,7 @@ def warm(session: Session, gpu: int) -> None:
             "eval=none",
             "val_points=0",
             "logger=none",
-            f"models=[{cell}]",
+            f"models=[{job.cell}]",
             "seeds=[0]",
         ]
         words += [
@@ -155,13 +188,13 @@ def warm(session: Session, gpu: int) -> None:
         begun = time.time()
         try:
             workshop.run(
-                next(iter(plan_cells(load_artefact("table1"), words).wanted.values())),
+                next(iter(plan_cells(load_artefact(job.artefact), words).wanted.values())),
                 lambda progress: None,
                 say=lambda text: None,
             )
-            session.say(f"GPU {gpu}: compiled {cell} in {time.time() - begun:.0f} s")
+            session.say(f"GPU {gpu}: compiled {job.cell} in {time.time() - begun:.0f} s")
         except Exception as error:  # only a warm-up
-            session.say(f"GPU {gpu}: compiling {cell} failed: {error!r}")
+            session.say(f"GPU {gpu}: compiling {job.cell} failed: {error!r}")
 
 
 def prepare_data(session: Session) -> None:
@@ -177,6 +210,7 @@ def prepare_data(session: Session) -> None:
 def daemon(args: argparse.Namespace) -> None:
     """Prepare once, then one process per GPU, forked so that all of them share data, questions and their tokens."""
     session = Session(args)
+    session.describe()
     session.say(
         f"{len(session.jobs)} jobs, {sum(job.seconds() for job in session.jobs):.0f} GPU-seconds planned, {args.seconds:.0f} s on {args.gpus} GPUs"
     )
@@ -262,18 +296,39 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main() -> None:
+    from flowhn.errors import UserError
+
     args = parse(sys.argv[1:])
     if args.command == "warm":
         warm(Session(args), args.gpu)
     elif args.command == "worker":
         worker(Session(args), args.gpu, None)
     elif args.command == "plan":
-        jobs = plan_jobs(args.tokens, args.lr_tokens, args.kinds, extra=args.extra, long_seed=args.long_seed)
-        for job in jobs:
-            sys.stdout.write(f"{job.name:<34}{job.seconds():6.0f} s\n")
-        sys.stdout.write(f"{'all':<34}{sum(job.seconds() for job in jobs):6.0f} GPU-seconds\n")
+        show_plan(args)
+    elif args.command == "keep":
+        try:
+            keep(args)
+        except UserError as error:
+            sys.stderr.write(f"{error}\n")
+            raise SystemExit(2) from None
     else:
-        {"daemon": daemon, "pack": pack, "keep": keep}[args.command](args)
+        {"daemon": daemon, "pack": pack}[args.command](args)
+
+
+def show_plan(args: argparse.Namespace) -> None:
+    """Each job with its seconds, and when it would end on one and on two GPUs."""
+    jobs = planned(args)
+    ends = [timetable(jobs, gpus=gpus, seconds=args.seconds) for gpus in (1, 2)]
+    sys.stdout.write(
+        f"{'job':<34}{'seconds':>9}{'1 GPU: ends at':>18}{'2 GPUs: ends at':>18}\n"
+        f"{'preparing (assumed)':<34}{PREPARE_SECONDS:9.0f}{PREPARE_SECONDS:18.0f}{PREPARE_SECONDS:18.0f}\n"
+    )
+    for job in jobs:
+        told = [f"{end[job.name]:18.0f}" if job.name in end else f"{'does not fit':>18}" for end in ends]
+        sys.stdout.write(f"{job.name:<34}{job.seconds():9.0f}{''.join(told)}\n")
+    fitting = [f"{len(end)} of {len(jobs)} jobs" for end in ends]
+    total = sum(job.seconds() for job in jobs)
+    sys.stdout.write(f"{f'all, within {args.seconds:.0f} s':<34}{total:9.0f}{fitting[0]:>18}{fitting[1]:>18}\n")
 
 
 if __name__ == "__main__":

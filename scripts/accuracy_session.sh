@@ -2,25 +2,25 @@
 # Issue 5's training on a machine of two GPUs without a network, in two calls of at most ten minutes that follow each other at once:
 #   SECONDS_ALL=800 COMMIT=... scripts/accuracy_session.sh          the first call starts a daemon (it outlives the call) and waits
 #   SECONDS_ALL=800 COMMIT=... scripts/accuracy_session.sh          the second waits for its end; each packs $OUT/accuracy.tgz
-# Needs: packages as scripts/device_session.sh does (build/site.tar.xz, or .whl/ and .whl2/); the data in $DATA (default .data, carried):
+# Needs: the packages of scripts/gpu_packages.sh (those of an earlier call count); the data in $DATA (default .data, carried):
 #   $DATA/text/train-00.txt.xz $DATA/text/train-01.txt.xz   (151 MB unpacked, about 33M tokens of 65,536: one pass at 30M)
 #   $DATA/valid.txt.xz                                       $DATA/eval/<task>.jsonl.gz (seven)
 # WAIT=570 seconds of one call; SECONDS_ALL: no job begins that would end later, counted from the first call; GPUS=2;
 # LONG_QUESTIONS=25 of each of the twelve long-context tasks; RECORDS=accuracy.tgz goes on from an earlier call's file on a fresh machine. SESSION_WORDS="--kinds lr,table" chooses jobs.
 # Afterwards, at home: python scripts/accuracy_session.py keep accuracy.tgz && python scripts/refresh_experiments.py
 #
-# The plan (python scripts/accuracy_session.py plan), in GPU-seconds at the speeds of one H200 (FAC, FA, AE 0.9M tokens/s, Llama 0.83M,
-# No 0.7M, SHM and Jamba 0.64M, Mamba-2 0.47M, Mamba-1 0.4M, Hymba 0.3M); beside the training 10 s a run for building and (cached) compiling
-# and 18 s for the evaluation of seven sets, both as measured in the first session (one H200, 25 November 2026):
-#   preparing                 tokenizer and data on the CPU, meanwhile the GPUs compile models on random tokens
-#   12 learning-rate probes   4M tokens, three rates for each family       190
+# The plan, with seconds and when each job would end on one and on two GPUs: python scripts/accuracy_session.py plan $SESSION_WORDS
+# (speeds of one H200: FAC, FA, AE 0.9M tokens/s, Llama 0.83M, No 0.7M, SHM and Jamba 0.64M, Mamba-2 0.47M, Mamba-1 0.4M, Hymba 0.3M;
+# beside the training 10 s a run for building and (cached) compiling and 18 s for the evaluation of seven sets, as measured in the first
+# session on 25 November 2026; 60 s a model for long context and 60 s for preparing are assumed). In GPU-seconds:
+#   12 learning rates         4M tokens, three rates for each family       190
 #   ten models                30M tokens: training 510, 28 s each beside   790
 #   three second seeds        No, FAC, SHM                                 210
 #   eight FAC variants        33 s training each                           490
-#   long context              five models at 60 s (not measured yet)       300
-# 1,980 GPU-seconds: 1,000 s on two GPUs and the preparation. The list is in order of worth; what does not fit is left out and told.
-# What the first session left, in 1,160 GPU-seconds (about 630 s on two GPUs with the preparation; rates from table1.yaml):
-#   SESSION_WORDS="--kinds seed,variant,long --extra llama:1 --extra mamba2:1 --long-seed 1" SECONDS_ALL=800 scripts/accuracy_session.sh
+#   long context              five models at 60 s, and those not trained   300
+# The list is in order of worth; what does not fit is left out and told. A session without the ten models takes the rates in table1.yaml, does
+# not repeat a second seed that is committed, and tries its own rates last. FAC_Split is timed again beside the variants:
+#   SESSION_WORDS="--kinds seed,variant,probe,long --extra flowhn_fac:0 --extra llama:1 --extra mamba2:1 --long-seed 1" SECONDS_ALL=850 GPUS=1
 # Nothing of a run but its record comes home (optimiser state is never written, the weights stay on the machine).
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -28,23 +28,17 @@ out=${OUT:-outputs}; mkdir -p "$out"
 work=${WORK:-/tmp/accuracy}; site=${SITE:-/tmp/site}; data=${DATA:-.data}
 python=${PYTHON:-python3}
 begun=$(date +%s)
-mkdir -p "$work" "$site"
+mkdir -p "$work"
 
-if [ ! -e "$site/.unpacked" ]; then
-  if [ -f build/site.tar.xz ]; then
-    tar -xJf build/site.tar.xz -C "$site" || exit 3
-  else
-    for wheel in .whl/*.whl .whl2/*.whl; do
-      [ -f "$wheel" ] && { "$python" -m zipfile -e "$wheel" "$site" || exit 3; }
-    done
-  fi
-  touch "$site/.unpacked"
-fi
+# shellcheck source=scripts/gpu_packages.sh
+source scripts/gpu_packages.sh
 
 if [ ! -f "$work/daemon.pid" ]; then
+  need_packages hydra datasets lm_eval mamba_ssm || exit 2
   # A copy, so that the next call's fresh working tree changes nothing under a running daemon.
-  mkdir -p "$work/code" "$work/data"
+  mkdir -p "$work/code/experiments" "$work/data"
   cp -r src configs scripts pyproject.toml "$work/code/" || exit 3
+  cp -r experiments/table1 experiments/table1_lr "$work/code/experiments/" || exit 3  # which rows and rates are there already
   cp -r "$data/." "$work/data/" || exit 3
   [ -z "${RECORDS:-}" ] || tar -xzf "$RECORDS" -C "$work" || exit 3
   rm -f "$work/finished"

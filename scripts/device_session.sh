@@ -12,16 +12,9 @@ cd "$(dirname "$0")/.."
 phase=${1:?check, tests or bench}; shift
 out=${OUT:-outputs}; mkdir -p "$out" /tmp/site
 
-if [ ! -e /tmp/site/.unpacked ]; then
-  if [ -f build/site.tar.xz ]; then
-    tar -xJf build/site.tar.xz -C /tmp/site || exit 3
-  else
-    for wheel in .whl/*.whl .whl2/*.whl; do
-      [ -f "$wheel" ] && { python3 -m zipfile -e "$wheel" /tmp/site || exit 3; }
-    done
-  fi
-  touch /tmp/site/.unpacked
-fi
+site=/tmp/site
+# shellcheck source=scripts/gpu_packages.sh
+source scripts/gpu_packages.sh
 export PYTHONPATH=src:/tmp/site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # Compiled kernels stay between the calls of a machine that is kept warm.
 export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton
@@ -29,28 +22,45 @@ export TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton
 case $phase in
   check) python3 -m flowhn.doctor "$@" 2>&1 | tee "$out/check.log" ;;
   tests)
-    # Compiling is most of the time and one process compiles on one core, so the tests run in groups side by side.
-    export FLOWHN_SEEN=/tmp/seen TORCHINDUCTOR_COMPILE_THREADS=4 OMP_NUM_THREADS=2; rm -rf /tmp/seen /tmp/groups; mkdir -p /tmp/groups
+    # Compiling is most of the time and one process compiles on one core, so the tests run in groups side by side. TRITON_CACHE_AUTOTUNING
+    # keeps the tiles that mamba_ssm's SSD kernels found fastest, which each process would search for again (70 to 110 s): the cells with
+    # Mamba-2 are one group, and other tests of these kernels try few tiles.
+    export FLOWHN_SEEN=/tmp/seen TORCHINDUCTOR_COMPILE_THREADS=4 OMP_NUM_THREADS=2 TRITON_CACHE_AUTOTUNING=1
+    rm -rf /tmp/seen /tmp/groups; mkdir -p /tmp/groups
     groups=(
-      "test_scan_triton.py -k float32"
-      "test_scan_triton.py -k not_float32"
-      "test_triton_kernels.py -k compiled"
-      "test_triton_kernels.py -k not_compiled"
-      "test_gpu_mixers.py -k test_ssd_and_float32"
-      "test_gpu_mixers.py -k test_ssd_and_bfloat16"
-      "test_gpu_mixers.py -k not_test_ssd"
-      "test_gpu_models.py -k test_bfloat16_and_tiny"
-      "test_gpu_models.py -k test_bfloat16_and_135m"
-      "test_gpu_models.py -k test_compiled_and_fac"
-      "test_gpu_models.py -k test_compiled_and_no"
-      "test_gpu_models.py -k test_compiled_and_hymba"
+      "tests/test_scan_triton.py -k float32"
+      "tests/test_scan_triton.py -k not_float32"
+      "tests/test_ssd_triton.py -k float32"
+      "tests/test_ssd_triton.py -k not_float32"
+      "tests/test_triton_kernels.py -k compiled"
+      "tests/test_triton_kernels.py -k not_compiled"
+      "tests/test_gpu_mixers.py -k test_ssd_and_float32"
+      "tests/test_gpu_mixers.py -k test_ssd_and_bfloat16"
+      "tests/test_gpu_mixers.py -k not_test_ssd"
+      "tests/test_gpu_models.py -k not_test_timed"
     )
+    # The timed cells by name, from where tests/test_gpu_models.py has them, so that a new one is in a group; three to a process.
+    mapfile -t timed < <(python3 -c 'import yaml
+cells = yaml.safe_load(open("configs/bench/figure4.yaml"))["cells"]
+print(*(name for name, entry in cells.items() if isinstance(entry, list)), sep="\n")')
+    [ -n "${timed[*]}" ] || { echo "no cell could be read from configs/bench/figure4.yaml" >&2; exit 3; }
+    group="" mamba2="" number=0
+    for cell in "${timed[@]}"; do
+      ids=" tests/test_gpu_models.py::test_timed_loss_and_gradients[$cell] tests/test_gpu_models.py::test_timed_step[$cell]"
+      if [[ $cell == *mamba2* ]]; then mamba2+=$ids; continue; fi
+      group+=$ids number=$((number + 1))
+      [ $((number % 3)) -gt 0 ] || { groups+=("${group# }"); group=""; }
+    done
+    [ -z "$group" ] || groups+=("${group# }")
+    [ -z "$mamba2" ] || groups+=("${mamba2# }")
     pids=() codes=0
     for i in "${!groups[@]}"; do
-      read -r file flag word <<<"${groups[i]}"
-      expression=${word//_and_/ and }; expression=${expression/#not_/not }
-      timeout 420 python3 -m pytest -q -m gpu -p no:cacheprovider --durations=3 "tests/$file" "$flag" "$expression" "$@" \
-        >"/tmp/groups/$i.log" 2>&1 &
+      words=()
+      for word in ${groups[i]}; do  # names of tests hold no spaces; a -k expression stands with underscores
+        [[ $word == tests/* ]] || { word=${word//_and_/ and }; word=${word/#not_/not }; }
+        words+=("$word")
+      done
+      timeout 420 python3 -m pytest -q -m gpu -p no:cacheprovider --durations=3 "${words[@]}" "$@" >"/tmp/groups/$i.log" 2>&1 &
       pids+=($!)
     done
     for i in "${!pids[@]}"; do

@@ -9,20 +9,24 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
 
 from flowhn.reporting.ablations import ABLATIONS, COMMAND, README, overview, settings, write_ablation
 from flowhn.reporting.artefact import write_artefact
-from flowhn.reporting.bench import bench_table, find_bench_records, write_bench
+from flowhn.reporting.bench import find_bench_records, write_bench
 from flowhn.reporting.branches import FOLDER_NAME as MEASUREMENTS
 from flowhn.reporting.branches import find_measurements, write_branches
+from flowhn.reporting.goals import goals, readable_goals
 from flowhn.reporting.long_context import write_long_context
+from flowhn.reporting.missed import missed_lines
 from flowhn.reporting.record import find_records
 from flowhn.reporting.routing import reach_table
-from flowhn.reporting.speeds import day_spreads
+from flowhn.reporting.speeds import day_spreads, other_code, repeats
 from flowhn.reporting.style import in_order
 from flowhn.reporting.summary import accuracy_block
 from flowhn.reporting.tables import table1
@@ -76,18 +80,49 @@ def block() -> str:
 
 
 def figure4_block() -> str:
-    """The part of experiments/figure4/README.md that comes from records: the newest table, and what came back on other days."""
+    """The part of experiments/figure4/README.md that comes from records: the newest table, why goals are missed, repeats."""
     _, _, body = (FIGURE4 / "h200" / "table.md").read_text(encoding="utf-8").partition("\n\n")
-    days = {folder.name: bench_table(find_bench_records(folder / "records")) for folder in settings(FIGURE4)}
-    newest = days.pop("h200")
-    lines = ["| model | size | tokens/s | on another day | difference % | folder |", "|:--|:--|--:|--:|--:|:--|"]
-    for name, frame in days.items():
-        both = newest.merge(frame, on=["cell", "size", "seq_len", "protocol", "batch"], suffixes=("", "_then"))
-        for row in both.itertuples():
-            lines.append(
-                f"| {row.model} | {row.size} | {row.tps:,.0f} | {row.tps_then:,.0f} | {100 * (row.tps / row.tps_then - 1):+.1f} | {name} |"
-            )
-    return f"{body.strip()}\n\n**The same cells on another day**\n\n" + "\n".join(lines)
+    parts = [body.strip()]
+    beside = [
+        readable_goals(found).assign(records=f"[bench/{folder.name}](../bench/{folder.name}/table.md)")
+        for folder in settings(ROOT / "experiments" / "bench")
+        if not (found := goals(find_bench_records(folder / "records"))).empty
+    ]
+    if beside:
+        table = pd.concat(beside, ignore_index=True).fillna("")
+        parts += ["**Goals of other cases**", table.to_markdown(index=False, disable_numparse=True)]
+    missed = missed_lines(find_bench_records(FIGURE4 / "h200" / "records"), product_flops)
+    if missed:
+        parts += ["**Why goals are missed**", "\n".join(missed)]
+    again, other = repeats(ROOT / "experiments"), other_code(ROOT / "experiments")
+    parts += ["**Repeats: the same cells with the same code**", "No cell was timed twice with the same code yet."]
+    if not again.empty:
+        parts[-1] = again.to_markdown(index=False, disable_numparse=True)
+    if not other.empty:
+        parts += ["**The same cells with other code**", other.to_markdown(index=False, disable_numparse=True)]
+    return "\n\n".join(parts)
+
+
+def product_flops(record: Mapping[str, Any]) -> float:
+    """Training FLOPs per token of a benchmark record's linear layers (LM head included), each on the tokens that reach it: forward,
+    and twice that for the gradients of input and weight."""
+    import torch
+
+    from flowhn.config import build_model
+
+    total = 0
+
+    def count(layer: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+        nonlocal total
+        total += 2 * layer.weight.numel() * (inputs[0].numel() // layer.in_features)
+
+    with torch.device("meta"), torch.no_grad():
+        net = build_model(record["config"])
+        for layer in net.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(count)
+        net(torch.zeros(1, record["seq_len"], dtype=torch.long))
+    return 3 * total / record["seq_len"]
 
 
 def figure4_readme() -> tuple[str, str]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Make .venv with this package installed, once; a later call returns at once.
-#   scripts/setup_env.sh [EXTRA,...]        extras of pyproject.toml: dev, gpu, wandb
+#   scripts/setup_env.sh [EXTRA,...]        extras of pyproject.toml: dev, gpu, wandb, sweep, ruler
 # What it installs is pinned with hashes in requirements.lock (with dev: requirements-dev.lock), except torch, whose builds differ by
 # machine, and the extras gpu and wandb.
 # PYTHON=/path/to/python3.12   which interpreter to use        TORCH_INDEX_URL=...   where to take torch from (for example a CPU build)

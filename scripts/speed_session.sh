@@ -28,13 +28,13 @@ step() {  # as bench; not begun with less than 25 seconds left
   echo "$(date +%T) $*"
   bench "$@"
 }
-best_chunk() {  # of the SSD kernels at 1b: the word for it, nothing where it is the default or was not measured
-  "$python" - "$work/bench/chunk/records" <<'PY'
+slower_word() {  # what Mamba-2 cells need where our SSD kernels fail or are slower than mamba_ssm's at 1b
+  "$python" - "$work/bench/ssd/records" <<'PY'
 import json, pathlib, sys
 found = [json.loads(path.read_text()) for path in pathlib.Path(sys.argv[1]).glob("*-1b-*.json")]
-found = [(record["tps"], record["cell"]) for record in found if record["status"] == "done"]
-chunk = max(found)[1].removeprefix("fac_mamba2_chunk") if len(found) > 1 else "256"
-print("" if chunk == "256" else f"overrides=[size.mamba2.chunk_size={chunk}]")
+found = {record["cell"]: record.get("tps", 0) for record in found if record["status"] == "done"}
+ours, theirs = (found.get(f"fac_mamba2_{name}", 0) for name in ("triton", "mamba_ssm"))
+print("overrides=['kernels=mamba_ssm']" if theirs > ours else "")
 PY
 }
 
@@ -42,33 +42,35 @@ if [ -n "${TESTS:-}" ] && [ ! -e "$work/tested" ]; then  # nothing is timed whil
   touch "$work/tested"
   (timeout 300 bash scripts/device_session.sh tests >"$work/tests.out" 2>&1; cp "$out/gpu.json" "$out/tests.log" "$work" 2>/dev/null) &
   tests=$!
-  # One cell of each kind at a time: 65 GiB at 1b, up to 72 GiB at 135m (Mamba-1, which comes when the tests are over).
-  (bench bench=chunk 'sizes=[1b]' 'models=[fac_mamba2_chunk128,fac_mamba2_chunk256]' prepare=1 max_minutes=0) &
+  # One at a time of each: 65 GiB at 1b, up to 72 GiB at 135m (Mamba-1, which comes when the tests are over).
+  (bench bench=ssd 'sizes=[1b]' prepare=1 max_minutes=0) &
   bench 'sizes=[135m]' 'models=[flowhn_fac,llama,flowhn_fa,flowhn_ae,flowhn_no,shm,jamba,hymba,mamba1]' prepare=1 max_minutes=0
   wait
   grep -E "^==|passed|failed" "$work/tests.out" | tail -n 60
 fi
-step bench=chunk 'sizes=[1b]' 'models=[fac_mamba2_chunk128,fac_mamba2_chunk256]'
+step bench=ssd 'sizes=[1b]'
 step 'sizes=[135m]' 'models=[flowhn_fac,llama]' profile=true
 step 'sizes=[1b]' 'models=[flowhn_fac,llama]' profile=true
 step 'sizes=[135m]' 'models=[shm,jamba,mamba1,hymba,flowhn_no,flowhn_ae,flowhn_fa]'
-chunk=$(best_chunk); echo "SSD chunk: ${chunk:-default}"
-step 'sizes=[135m]' 'models=[flowhn_fac_mamba2,mamba2]' profile=true ${chunk:+"$chunk"}
+word=$(slower_word); echo "Mamba-2: ${word:-default kernels}"
+step 'sizes=[135m]' 'models=[flowhn_fac_mamba2,mamba2]' profile=true ${word:+"$word"}
 step 'sizes=[350m]' 'models=[flowhn_fac,llama]' prepare=2
-step 'sizes=[350m,1b]' 'models=[flowhn_fac_mamba2]' profile=true ${chunk:+"$chunk"}
+step 'sizes=[350m,1b]' 'models=[flowhn_fac_mamba2]' profile=true ${word:+"$word"}
 step bench=length 'bench.seq_lens=[1024,4096,8192,32768]' prepare=4
-step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1,mamba2,peer_mamba2]' prepare=3
+# transformers' Mamba needs causal_conv1d for its fast path; without it the comparison would be unfair.
+if need_packages causal_conv1d; then
+  step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1,mamba2,peer_mamba2]' prepare=3
+fi
 step repeat=1 'sizes=[135m]' 'models=[flowhn_fac,llama]'
-step repeat=1 'sizes=[135m]' 'models=[flowhn_fac_mamba2]' ${chunk:+"$chunk"}
+step repeat=1 'sizes=[135m]' 'models=[flowhn_fac_mamba2]' ${word:+"$word"}
 step bench=balance 'models=[fac_flops,fac_time]'
 step 'sizes=[350m,1b]' 'models=[shm]'
 step repeat=1 'sizes=[1b]' 'models=[flowhn_fac,llama]'
 step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]'
 step bench=length prepare=4
 step 'sizes=[350m,1b]' 'models=[jamba,flowhn_no,flowhn_ae,flowhn_fa,hymba,mamba1]'
-step 'sizes=[350m,1b]' 'models=[mamba2]' ${chunk:+"$chunk"}
+step 'sizes=[350m,1b]' 'models=[mamba2]' ${word:+"$word"}
 step bench=overlap 'sizes=[135m]' batch=128 profile=true
-step bench=peers
 step bench=published
 cp "$work/gpu.json" "$work/tests.log" "$out" 2>/dev/null
 tar -czf "$out/bench.tgz" -C "$work" bench

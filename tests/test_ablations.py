@@ -14,7 +14,7 @@ from flowhn import reproduce
 from flowhn.artefacts import artefact_files, load_artefact, plan_cells
 from flowhn.config import compose, to_dict
 from flowhn.errors import UserError
-from flowhn.reporting.ablation_tables import readable
+from flowhn.reporting.ablation_tables import notes, readable
 from flowhn.reporting.ablations import ABLATIONS, settings, write_ablation, write_overview
 from flowhn.reporting.bench import write_bench_record
 from flowhn.reporting.record import read_record, write_record
@@ -253,6 +253,11 @@ def test_ssm_balance_and_depth_answers(record, tmp_path):
     answer = ABLATIONS["ablation_balance"].answer(frame)
     assert "from 0.60 to 0.70 with FAC_Split (validation loss -0.100)" in answer
     assert "1.10 with FAC_Split" in answer
+    assert "no token is left" not in answer
+    edge = [rows[0], ("t", 0, 4.9, 1100.0, time | {"split.ratio": 1.0, "attention_share": 1.0})]
+    frame = ABLATIONS["ablation_balance"].table(make(tmp_path / "edge", record, edge))
+    assert "FAC_Split, time-balanced: no token is left for the SSM" in ABLATIONS["ablation_balance"].answer(frame)
+    assert any("no token is left for the SSM" in note for note in notes(frame))
     deep = {"size.n_layers.flowhn": 6, "size.d_model": 64}
     rows = [("d3", 0, 5.0, 1000.0, {}), ("d6", 0, 5.2, 400.0, deep)]
     frame = ABLATIONS["ablation_depth"].table(make(tmp_path / "depth", record, rows))
@@ -292,7 +297,8 @@ def bench_record(
     content = {
         "cell": cell, "size": size, "seq_len": T, "protocol": "optimised", "repeat": 0, "status": "done", "batch": 4,
         "device": {"name": device, "type": kind, "count": 2}, "git": {"commit": "abcdef1234", "dirty": False},
-        "window_step_seconds": [tokens / tps], "tps": tps, "parameters": {"tiny": 7e5, "135m": 1.3e8}[size],
+        "window_step_seconds": [tokens / tps / f for f in (0.96, 1.0, 1.04)], "tps": tps,
+        "parameters": {"tiny": 7e5, "135m": 1.3e8}[size],
         "flops_per_token": 1e6 * T, "peak_flops": 1e12, "share_of_matmul": 0.1, "peak_bytes": None, "first_step_seconds": 1.0,
         "cell_seconds": 6.0,
     }  # fmt: skip
@@ -330,8 +336,12 @@ def test_scaling_length_says_what_is_kept(tmp_path):
     frame = ablation.table(tmp_path)
     assert list(frame.kept) == pytest.approx([100, 50, 100, 75])
     assert ablation.answer(frame) == (
-        "From T = 128 to 1,024 on CPU, 2 threads, FlowHN FAC_Split keeps 75 %, Llama keeps 50 % of its tokens/s. At 1,024 the "
-        "fastest is FlowHN FAC_Split with 3,000 tokens/s."
+        "From T = 128 to 1,024 on CPU, 2 threads, FlowHN FAC_Split keeps 75 ± 6 %, Llama keeps 50 ± 4 % of its tokens/s (±: "
+        "the spread of both speeds over their timed windows). At 1,024 the fastest is FlowHN FAC_Split with 3,000 tokens/s."
+    )
+    bench_record(tmp_path, "llama", "tiny", 4000.0, T=2048)
+    assert "(Llama by 60 % from 1,024 to 2,048) tell that these cells differ" in ablation.answer(
+        ablation.table(tmp_path)
     )
     assert len(ablation.figure(frame).axes) == 2
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from test_reporting import fake
 
@@ -19,7 +17,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import accuracy_jobs  # noqa: E402
-import accuracy_keep  # noqa: E402
 import accuracy_session  # noqa: E402
 
 from flowhn.artefacts import load_artefact, plan_cells  # noqa: E402
@@ -48,6 +45,7 @@ def test_the_plan_has_everything_once_and_what_matters_most_first():
     assert [job.kind for job in jobs] == sorted(
         [job.kind for job in jobs], key=["lr", "table", "seed", "variant", "long"].index
     )
+    assert len([job for job in jobs if job.kind == "seed"]) == 3  # what is asked over long contexts is trained already
     assert {job.cell for job in jobs if job.kind == "table"} == set(load_artefact("table1").cells)
     assert {job.cell for job in jobs if job.kind == "variant"} <= set(load_artefact("beyond").cells)
     assert {job.cell for job in jobs if job.kind == "seed"} == {"flowhn_no", "flowhn_fac", "shm"}
@@ -178,43 +176,126 @@ def test_the_rate_with_the_lowest_loss_serves_its_family():
     assert rate_table([]).empty
 
 
-def test_what_comes_home_is_sorted_and_the_rates_are_written(tmp_path):
-    work, home = tmp_path / "work", tmp_path / "home"
-    made = [tried("flowhn", 1e-3, 6.0), tried("llama", 2e-3, 6.0), fake("flowhn_fac"), fake("fac_keys")]
-    made[0] = replace(made[0], cell="flowhn_1e-3")
-    made[1] = replace(made[1], cell="llama_2e-3")
-    for record in made:
-        write_record(work / "runs" / record.cell / "record.json", record)
-    result = {"cell": "flowhn_fac", "seed": 0, "tasks": {}}
-    (work / "runs" / "flowhn_fac" / "eval-long_context.json").write_text(json.dumps(result))
-    rates = tmp_path / "table1.yaml"
-    rates.write_text((ROOT / "configs/artefacts/table1.yaml").read_text())
-    args = argparse.Namespace(
-        work=str(work), out=str(tmp_path / "a.tgz"), commit="0" * 40, file=str(tmp_path / "a.tgz"), into=str(home),
-        setting="135m-files-30M", rates=str(rates),
+def test_a_session_without_the_table_trains_at_the_committed_rates(tmp_path):
+    args = {"tokens": 30_000_000, "size": "135m"}
+    (tmp_path / "a").mkdir()
+    session = accuracy_jobs.Session(options(tmp_path / "a", kinds="seed,variant,probe", **args))
+    probe = replace(tried("flowhn", 2.5e-4, 1.0), cell="flowhn_2.5e-4")
+    write_record(session.work / "runs" / "p" / "record.json", probe)
+    committed = load_artefact("table1").lr["135m"]["flowhn"]
+    assert {session.rate(job) for job in session.jobs if job.kind == "variant"} == {committed}
+    session.describe()
+    on = accuracy_jobs.Session(options(tmp_path / "a", kinds="variant", **args))  # with an earlier call's records
+    assert on.rate(on.jobs[0]) == committed
+    table = accuracy_jobs.Session(options(tmp_path / "a", kinds="table", **args))
+    assert {table.rate(job) for job in table.jobs if job.cell == "flowhn_fac"} == {2.5e-4}
+
+
+WORDS = ["--kinds", "seed,variant,probe,long", "--extra", "flowhn_fac:0", "--extra", "llama:1", "--extra", "mamba2:1"]
+
+
+def test_the_planned_session_follows_its_worth(tmp_path):
+    args = accuracy_session.parse(["plan", *WORDS, "--long-seed", "1"])
+    jobs = accuracy_jobs.plan_jobs(
+        args.tokens, 1, args.kinds, extra=args.extra, long_seed=1, committed={("flowhn_no", 1)}
     )  # fmt: skip
-    accuracy_keep.pack(args)
-    with tarfile.open(args.out) as archive:
-        assert not [name for name in archive.getnames() if name.endswith((".safetensors", ".ckpt"))]
-    accuracy_keep.keep(args)
-    kept = {
-        path.parent.name: find_records(path) for path in home.glob("*/135m-files-30M") if (path / "records").is_dir()
+    names = [job.name for job in jobs]
+    assert len(set(names)) == len(names)
+    assert names[:6] == [
+        "seed-flowhn_fac-s0", "seed-flowhn_fac-s1", "seed-shm-s1", "variant-fac_keys_rope-s0", "variant-fac_rope-s0",
+        "variant-fac_keys-s0",
+    ]  # fmt: skip
+    assert names[11:19] == [
+        "long-flowhn_fac-s1", "long-shm-s1", "seed-flowhn_no-s1", "long-flowhn_no-s1", "seed-llama-s1", "long-llama-s1",
+        "seed-mamba2-s1", "long-mamba2-s1",
+    ]  # fmt: skip
+    assert [job.kind for job in jobs[19:]] == ["probe"] * 3
+    without = accuracy_jobs.plan_jobs(args.tokens, 1, "seed,variant", committed={("flowhn_no", 1)})
+    assert "seed-flowhn_no-s1" not in {job.name for job in without}
+    one, two = (accuracy_jobs.timetable(jobs, gpus=gpus, seconds=850) for gpus in (1, 2))
+    assert set(two) == set(names)
+    assert set(names[:12]) <= set(one) < set(names)
+    assert max(one.values()) <= 850
+
+
+def test_a_long_job_is_planned_with_its_training_and_does_not_wait_for_what_cannot_come(tmp_path):
+    session = accuracy_jobs.Session(options(tmp_path, kinds="long", long_seed=1, tokens=30_000_000, size="135m"))
+    assert {(job.kind, job.cell) for job in session.jobs} == {
+        (kind, cell) for cell in accuracy_jobs.LONG_MODELS for kind in ("seed", "long")
     }
-    assert {name: [record.cell for record in records] for name, records in kept.items()} == {
-        "table1": ["flowhn_fac"], "table1_lr": ["flowhn_1e-3", "llama_2e-3"], "beyond": ["fac_keys", "flowhn_fac"],
-    }  # fmt: skip
-    assert {record.git["commit"] for records in kept.values() for record in records} == {"0" * 40}
-    assert (home / "long_context/135m-files-30M/evals/flowhn_fac-s0.json").is_file()
-    table1 = yaml.safe_load(rates.read_text())
-    assert table1["lr"]["135m"] == {"max_tokens": 100_000_000, "llama": 2e-3, "flowhn": 1e-3}
-    assert table1["cells"] == yaml.safe_load((ROOT / "configs/artefacts/table1.yaml").read_text())["cells"]
+    assert not any(session.ready(job) for job in session.jobs if job.kind == "long")
+    session.args.begun, session.args.seconds = time.time(), accuracy_jobs.LONG_SECONDS + 30
+    assert session.next_job() == "done"  # neither a training whose question would not fit, nor waiting for it
 
 
-def test_the_committed_rates_are_what_the_committed_records_choose():
-    own = load_artefact("table1").lr
-    for size, rates in own.items():
-        records = [r for r in find_records(ROOT / "experiments" / "table1_lr") if r.size == size]
-        assert {model: rate for model, rate in rates.items() if model != "max_tokens"} == chosen_rates(records)
+def test_skipped_and_failed_jobs_say_nothing_of_the_pace(tmp_path):
+    session = accuracy_jobs.Session(options(tmp_path, kinds="seed,variant", tokens=30_000_000))
+    for job in session.jobs[:4]:
+        session.finish(job, 0.01, counts=False)
+    assert session.pace() == 1.0
+    for job in session.jobs[4:7]:
+        session.finish(job, job.seconds())
+    assert session.pace() == pytest.approx(1.1)
+    assert session.finished(session.jobs[0])
+
+
+def test_a_record_without_weights_is_trained_again_where_they_are_asked(tmp_path, monkeypatch):
+    session = accuracy_jobs.Session(options(tmp_path, kinds="seed,variant,long", long_seed=1))
+    seed, variant = session.jobs[0], next(job for job in session.jobs if job.kind == "variant")
+    for job in (seed, variant):
+        run = session.run_of(job)
+        write_record(run.record_path, replace(fake(job.cell, "tiny", job.seed), run_id=run.run_id))
+
+    def fails(*args):
+        raise RuntimeError("no GPU")
+
+    monkeypatch.setattr(accuracy_session, "train", lambda *args: "trained")
+    assert accuracy_session.run_job(session, variant, None) == ("its record is there already", False)
+    assert accuracy_session.run_job(session, seed, None) == ("trained", True)
+    run = session.run_of(seed)
+    write_record(run.record_path, replace(fake(seed.cell, "tiny", 1), run_id=run.run_id))
+    monkeypatch.setattr(accuracy_session, "train", fails)
+    with pytest.raises(RuntimeError):
+        accuracy_session.run_job(session, seed, None)
+    assert run.record() is not None  # the old record is not lost
+
+
+def test_a_long_context_result_says_what_was_asked_and_is_not_made_twice(tmp_path, monkeypatch):
+    """The same as ``./reproduce.sh long_context`` looks for."""
+    from flowhn import run_long_context
+
+    session = accuracy_jobs.Session(options(tmp_path, kinds="long", long_override=["eval.limit=25"]))
+    job = next(job for job in session.jobs if job.kind == "long")
+    run = session.run_of(job)
+    run.folder.mkdir(parents=True)
+    monkeypatch.setattr(run_long_context, "evaluate_long", lambda *args: {"seconds": 3.0})
+    assert accuracy_session.run_job(session, job, None) == ("3 s", True)
+    told = json.loads((run.folder / "eval-long_context.json").read_text())
+    suite = run_long_context.long_suite(load_artefact("long_context").suite["135m"])
+    assert told["asked"] == run_long_context.asked_of(suite)
+    assert accuracy_session.run_job(session, job, None) == ("its result is there already", False)
+
+
+def test_what_is_compiled_first_is_what_runs_first(tmp_path):
+    def cells(gpu: int, **words) -> list[str]:
+        session = accuracy_jobs.Session(options(tmp_path, tokens=30_000_000, size="135m", **words))
+        return [job.cell for job in accuracy_session.to_warm(session, gpu)]
+
+    second = {"kinds": "seed,variant,probe,long", "extra": ["flowhn_fac:0"], "long_seed": 1}
+    assert cells(0, gpus=1, **second) == ["flowhn_fac", "shm", "fac_keys_rope", "fac_rope"]
+    assert cells(1, gpus=2, **second)[:2] == ["shm", "fac_rope"]
+    assert cells(0, gpus=1, kinds="lr,table") == ["flowhn_5e-4", "hybrid_5e-4", "mamba_5e-4", "llama_5e-4"]
+
+
+def test_the_committed_rates_are_those_of_the_committed_rows_and_won_before_them():
+    """A rate that is tried later may win; the rows keep theirs until all ten are trained anew."""
+    records = find_records(ROOT / "experiments" / "table1_lr")
+    for size, rates in load_artefact("table1").lr.items():
+        rows = [r for r in find_records(ROOT / "experiments" / "table1") if r.size == size]
+        assert all(r.config["lr"] == rates.get(r.cell, rates[r.model]) for r in rows)
+        begun = min(r.created for r in rows)
+        before = [r for r in records if r.size == size and r.created < begun]
+        assert {model: rate for model, rate in rates.items() if model != "max_tokens"} == chosen_rates(before)
 
 
 def test_rates_of_an_artefact_hold_for_short_runs_of_their_size_alone(monkeypatch):

@@ -124,6 +124,8 @@ def test_every_check_belongs_to_a_key_that_exists():
     known = set()
     for data in groups()["data"]:
         known |= set(keys(to_dict(compose("train", [f"data={data}", *["data.path=x"] * (data == "files")]))))
+    for suite in groups()["eval"]:
+        known |= set(keys(to_dict(compose("train", [f"eval={suite}"]))))
     assert [pattern for pattern in CHECKS if not any(fnmatch(key, pattern) for key in known)] == []
 
 

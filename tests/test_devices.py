@@ -5,7 +5,6 @@ All models, strategies and numbers of processes: scripts/compare_processes.py, t
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -22,19 +21,13 @@ from flowhn import train
 from flowhn.config import config_dir, register_resolvers
 from flowhn.errors import UserError
 from flowhn.runs import process_rank
+from script_loading import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "compare_processes.py"
 
 
-def _load(path: Path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-compare = _load(SCRIPT)
+compare = load_script("compare_processes")
 
 
 def record_of(folder: Path) -> dict:

@@ -184,6 +184,40 @@ def test_generation_is_greedy_whatever_is_asked_beside(cell):
         assert made == tokenizer().decode(greedy(cell, ids, option["max_gen_toks"]))
 
 
+@pytest.mark.parametrize(
+    ("cell", "overrides"),
+    [
+        *((cell, ()) for cell in CELLS if cell != "flowhn_fac"),
+        ("flowhn_fac", ("split.window=16",)),
+        ("flowhn_fac", ("split.window=16", "split.keys=all")),
+    ],
+)
+def test_a_long_context_is_read_once(cell, overrides, monkeypatch):
+    asked = requests(*((text(40 + n, n), {"until": [], "max_gen_toks": 12}) for n in range(2)))
+    alone = adapter(cell, *overrides, max_length=400, batch_tokens=1)
+    net = model(cell, *overrides)
+    read, extend = [], net.extend_body
+    monkeypatch.setattr(net, "body", None)
+    monkeypatch.setattr(net, "extend_body", lambda ids, cache: read.append(ids.shape[1]) or extend(ids, cache))
+    found = alone.generate_until(asked)
+    assert sorted(read)[:-2] == [1] * (len(read) - 2)
+    monkeypatch.undo()
+    monkeypatch.setattr(alone, "_cache", lambda batch: None)
+    assert found == alone.generate_until(asked)
+    assert all(found)
+
+
+@pytest.mark.parametrize(
+    ("cell", "overrides", "max_length"),
+    [("flowhn_fac", (), 400), ("flowhn_fac", ("split.window=16", "fusion=cross"), 400), ("llama", (), 44)],
+    ids=["routed by length", "no cache", "cut"],
+)
+def test_a_context_that_a_cache_would_answer_otherwise_is_read_again(cell, overrides, max_length, monkeypatch):
+    monkeypatch.setattr(model(cell, *overrides), "extend_body", None)
+    lm = adapter(cell, *overrides, max_length=max_length, batch_tokens=1)
+    assert lm.generate_until(requests((text(40, 1), {"until": [], "max_gen_toks": 5})))[0]
+
+
 class Counter(nn.Module):
     """Answers token t with t + 1, so that it ends by itself."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -41,16 +42,29 @@ def needs_mamba_ssm():
         pytest.skip(f"mamba_ssm is {reason}")
 
 
-@pytest.fixture(scope="module")
+@contextmanager
 def few_tiles():
     """Two tile sizes for each of mamba_ssm's SSD kernels: it would try up to a dozen and compile them all."""
+    if not kernels.kernel_status()["mamba_ssm"][0]:
+        yield
+        return
     from mamba_ssm.ops.triton import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing
 
+    modules = (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing)
+    members = {id(member): member for module in modules for member in vars(module).values()}
+    tuned = [member for member in members.values() if isinstance(getattr(member, "configs", None), list)]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing):
-            for member in vars(module).values():
-                if isinstance(getattr(member, "configs", None), list):
-                    patch.setattr(member, "configs", member.configs[-2:])
+        for member in tuned:
+            patch.setattr(member, "configs", member.configs[-2:])
+            patch.setattr(
+                member, "cache", {}, raising=False
+            )  # of the best tile by shape: what is found here is not for other tests
+        yield
+
+
+@pytest.fixture(scope="module", name="few_tiles")
+def few_tiles_of_a_module():
+    with few_tiles():
         yield
 
 
@@ -75,13 +89,13 @@ def plain_ssd(x, dt, A, B, C, D, bias):
 
 
 @each_dtype
-@pytest.mark.parametrize("n_tokens", LENGTHS)
-def test_ssd(n_tokens, dtype, compare, request):
+@pytest.mark.parametrize(("n_tokens", "chunk_size"), [*((n_tokens, 256) for n_tokens in LENGTHS), (447, 128)])
+def test_ssd(n_tokens, chunk_size, dtype, compare, request):
     needs_mamba_ssm()
     request.getfixturevalue("few_tiles")
     leaves, dy = ssd_case(n_tokens, dtype)
     wanted = run(plain_ssd, [leaf.double() for leaf in leaves], dy.double())
-    found = run(lambda *inputs: mamba_ssm_ssd(*inputs, chunk_size=256), leaves, dy)
+    found = run(lambda *inputs: mamba_ssm_ssd(*inputs, chunk_size=chunk_size), leaves, dy)
     compare_all(compare, "mamba_ssm SSD", "plain SSD in float64", dtype, found, wanted)
 
 
@@ -147,32 +161,20 @@ MIXERS = {
 @pytest.mark.parametrize("name", MIXERS)
 def test_whole_mixer(name, n_tokens, compare, request):
     """Projections, convolution, scan, norms and gate as training runs them: under bfloat16 autocast, by auto."""
-    if "Mamba-2" in name and kernels.kernel_status()["mamba_ssm"][0]:
+    if "Mamba-2" in name:
         request.getfixturevalue("few_tiles")
     torch.manual_seed(n_tokens)
+    # Of one token alone the gradients of dt, B and C hang on one product of B and C, which may cancel to nothing but rounding.
+    rows = 64 if n_tokens == 1 else 1
     with torch.device("cuda"):
         mixer = MIXERS[name]()
-        x, dy = torch.randn(1, n_tokens, 768), torch.randn(1, n_tokens, 768)
+        x, dy = torch.randn(rows, n_tokens, 768), torch.randn(rows, n_tokens, 768)
     found = mixer_run(mixer, x, dy, autocast=True)
     subject = f"{name} on {mixer.kernel('cuda')}"
     mixer.backend = "torch"
-    rounded = mixer_run(mixer, x, dy, autocast=True) if n_tokens == 1 else None
     wanted = mixer_run(mixer.double(), x.double(), dy.double())
-    # With one token the state does not decay, so that A has no gradient, and the step size's is a single sum of products, which
-    # may cancel: that one is compared with plain torch in the same rounding.
-    if n_tokens == 1:
-        keys = [key for key, _ in mixer.named_parameters()]
-        pairs = [(a, b) for key, a, b in zip(keys, found[2:], rounded[2:], strict=True) if key.startswith("dt_")]
-        error = max(relative(a, b) for a, b in pairs)
-        compare(
-            f"{subject}, bfloat16",
-            "plain torch in bfloat16",
-            "gradients of the step size",
-            error,
-            LIMIT[torch.bfloat16],
-        )
-        kept = [
-            i for i, (key, _) in enumerate(mixer.named_parameters(), start=2) if not key.startswith(("A_log", "dt_"))
-        ]
-        found, wanted = ([tensors[i] for i in (0, 1, *kept)] for tensors in (found, wanted))
+    if n_tokens == 1:  # a state that starts from zero does not decay: A has no gradient
+        keys = ["output", "input", *(key for key, _ in mixer.named_parameters())]
+        kept = [i for i, key in enumerate(keys) if key != "A_log"]
+        found, wanted = ([tensors[i] for i in kept] for tensors in (found, wanted))
     compare_all(compare, subject, "plain torch in float64", torch.bfloat16, found, wanted)

@@ -283,3 +283,22 @@ def test_humaneval_runs_what_the_model_wrote(tmp_path, monkeypatch, tokenizer):
     assert out["metric"] == "pass@1"
     assert out["correct"]["pass@1"] == "10"
     assert out["n"] == 2
+
+
+def test_mbpp_runs_what_the_model_wrote(tmp_path, monkeypatch, tokenizer):
+    tests = ["assert add(2, 3) == 5", "assert add(0, 0) == 0", "assert add(1, 1) == 2"]
+    rows = [{"task_id": n, "text": f"Add {n}.", "code": "", "test_list": tests} for n in (11, 12)]
+    data = datasets.DatasetDict({"test": datasets.Dataset.from_list(rows)})
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    monkeypatch.setattr(evaluate, "load", lambda name: RunsIt())
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: data)
+    code = Evaluator(suite=CODE | {"tasks": ["mbpp"]}, heldout_file=None, work_dir=tmp_path, seed=0)
+    prompts = [instance.args[0] for instance in code.tasks["mbpp"].instances]
+    assert all(prompt.count("[BEGIN]") == 4 and prompt.endswith("[BEGIN]\n") for prompt in prompts)  # three shown
+    written = ["def add(a, b):\n    return a * b\n[DONE] then more", "def add(a, b):\n    return a + b\n[DONE]"]
+    ids = [tokenizer.encode(prompt + text) for prompt, text in zip(prompts, written, strict=True)]
+    out = code.run(Knows(ids), tokenizer, max_length=len(max(ids, key=len)) + 8)["tasks"]["mbpp"]
+    assert out["pass_at_1"] == 0.5
+    assert out["metric"] == "pass_at_1"
+    assert out["correct"]["pass_at_1"] == "01"
+    assert out["chance"] == 0.0

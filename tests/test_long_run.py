@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import multiprocessing
 import subprocess
@@ -16,24 +15,14 @@ import pytest
 from flowhn.data import prepare
 from flowhn.data.disk import disk_estimate
 from flowhn.errors import UserError
+from script_loading import SCRIPTS, load_script
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 MIB = 2**20
 
 
-def _load(name: str):
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-data = _load("long_run_data")
-limits = _load("long_run_limits")
-long_run = _load("long_run")
+data = load_script("long_run_data")
+limits = load_script("long_run_limits")
+long_run = load_script("long_run")
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,19 +16,13 @@ from flowhn.reporting.breakdown import breakdown_figure, run_breakdown, step_bre
 from flowhn.reporting.compare import deltas, relative
 from flowhn.reporting.record import find_records
 from flowhn.reporting.tables import table1
+from script_loading import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "experiments" / "table1" / "tiny-docs-laptop" / "records"
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "scripts" / "notebooks.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("notebooks")
 
 
 def timed(path: Path) -> tuple[Path, nbformat.NotebookNode, float]:

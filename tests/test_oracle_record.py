@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import oracles  # noqa: E402
 
 FAITHFUL = ROOT / "experiments" / "faithful"
+TIMED = ROOT / "experiments" / "figure4" / "h200" / "records"
 CPU_PEERS = ROOT / "experiments" / "bench" / "cpu_peers" / "records"
 CELLS = (
     "llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn_no", "flowhn_ae", "flowhn_fa", "flowhn_fac",
@@ -51,6 +52,20 @@ def test_nothing_recorded_is_beyond_its_limit(name):
             assert check["largest"] <= check["limit"], check
     failed = [test for test in record(name)["tests"]["not_passed"] if test["outcome"] != "skipped"]
     assert len(failed) == len(explained)
+
+
+def test_what_was_timed_on_the_gpu_was_compared_as_timed():
+    """Every cell of figure 4 with a committed time: loss, gradients, and what a whole step makes of the weights."""
+    if record("gpu.json")["git"]["commit"] == oracles.REASONS_COMMIT:
+        pytest.skip("the record is older than the tests of the timed cells; run scripts/device_session.sh tests")
+    checks = record("gpu.json")["checks"]
+    cells = {found["cell"] for found in find_bench_records(TIMED) if found["status"] == "done"}
+    assert cells
+    for cell in cells:
+        found = [c for c in checks if c["subject"].startswith(f"{cell} 135m, bfloat16 as timed")]
+        wanted = {"loss", "gradients", "clipped gradients", "change of the weights"}
+        assert wanted <= {check["quantity"] for check in found}, cell
+        assert not any("ssm torch" in check["subject"] for check in found), cell
 
 
 def test_every_model_was_compared_in_every_way():

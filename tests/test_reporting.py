@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import yaml
 
 from flowhn.errors import UserError
 from flowhn.reporting import figures, paper, style
@@ -16,7 +17,7 @@ from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import write_bench_record
 from flowhn.reporting.cells import Cell, pool
 from flowhn.reporting.record import RunRecord
-from flowhn.reporting.speeds import day_spreads
+from flowhn.reporting.speeds import DaySpread, day_spreads, other_code, repeats
 from flowhn.reporting.style import CELLS
 from flowhn.reporting.tables import DASH, table1, write_table
 from flowhn.reporting.verdicts import CLAIMS, paired_bootstrap, verdicts
@@ -388,27 +389,57 @@ def test_the_spread_of_a_speed_is_measured_not_assumed(tmp_path):
     assert (row["low"], row["high"], row["verdict"]) == (pytest.approx(0.9), pytest.approx(1.1), "within noise")
     steady = [timed("flowhn_fac", 1030, 1.0, 1.0), timed("hymba", 1000, 1.0, 1.0)]
     for day, found in ((0.02, "better"), (0.04, "within noise")):
-        frame = verdicts(steady, days={"NVIDIA H200": day}).set_index("claim")
+        frame = verdicts(steady, days={"NVIDIA H200": DaySpread(day, same_code=True)}).set_index("claim")
         assert frame.loc["fac_over_hymba_tps", "verdict"] == found
         assert f"{100 * day:.1f} %, by which" in frame.loc["fac_over_hymba_tps", "method"]
-    assert verdicts(steady, days={"another": 0.5}).set_index("claim").loc["fac_over_hymba_tps", "low"] == 1.03
+        assert "with the same code" in frame.loc["fac_over_hymba_tps", "method"]
+    other = verdicts(steady, days={"NVIDIA H200": DaySpread(0.04, same_code=False)}).set_index("claim")
+    assert "with other code (none was repeated" in other.loc["fac_over_hymba_tps", "method"]
+    elsewhere = {"another": DaySpread(0.5, same_code=True)}
+    assert verdicts(steady, days=elsewhere).set_index("claim").loc["fac_over_hymba_tps", "low"] == 1.03
 
 
 def test_days_are_compared_cell_by_cell_from_the_committed_records(tmp_path):
-    def bench(folder, name, tps, **changes):
+    def bench(folder, name, tps, commit="a" * 40, **changes):
         record = {
             "schema": "flowhn-bench-1", "cell": "llama", "size": "135m", "seq_len": 1024, "batch": 64, "protocol": "optimised",
-            "peer": None, "status": "done", "tps": tps, "device": {"name": "NVIDIA H200", "count": 1}, **changes,
+            "peer": None, "status": "done", "tps": tps, "device": {"name": "NVIDIA H200", "count": 1},
+            "git": {"commit": commit, "dirty": False}, "created": f"2026-01-0{name[0]}", **changes,
         }  # fmt: skip
         write_bench_record(tmp_path / "figure4" / folder / "records" / name, record)
 
     assert day_spreads(tmp_path) == {}
     bench("a", "1.json", 1000.0)
     bench("a", "2.json", 2000.0, batch=128)  # another batch is another speed, not a spread
+    bench("a", "3.json", 9000.0, overrides=["split.ratio=0.5"])  # and so is another model
     assert day_spreads(tmp_path) == {}
-    bench("b", "1.json", 1050.0)
-    bench("b", "3.json", 9000.0, status="oom")
-    assert day_spreads(tmp_path) == {"NVIDIA H200": pytest.approx(0.05)}
+    bench("b", "4.json", 9000.0, status="oom")
+    bench("b", "5.json", 1200.0, commit="b" * 40)
+    assert day_spreads(tmp_path) == {"NVIDIA H200": DaySpread(pytest.approx(0.2), same_code=False)}
+    assert repeats(tmp_path).empty
+    (row,) = other_code(tmp_path).to_dict("records")
+    assert (row["commit"], row["commit then"], row["difference %"]) == ("bbbbbbb", "aaaaaaa", "+20.0")
+    bench("b", "6.json", 1060.0, commit="a" * 7)  # the same commit, by its short name
+    assert day_spreads(tmp_path) == {"NVIDIA H200": DaySpread(pytest.approx(0.06), same_code=True)}
+    (row,) = repeats(tmp_path).to_dict("records")
+    assert (row["tokens/s, each run"], row["commit"], row["folder"]) == ("1,000; 1,060", "aaaaaaa", "a, b")
+    bench("b", "7.json", 5000.0, git={"commit": "a" * 40, "dirty": True})  # what changed nobody knows
+    assert day_spreads(tmp_path) == {"NVIDIA H200": DaySpread(pytest.approx(0.06), same_code=True)}
+
+
+def test_cells_of_an_artefact_are_told_apart():
+    """Colour, marker and line of all cells that one figure may show are different."""
+    configs = Path(__file__).resolve().parents[1] / "configs"
+    for path in [*configs.glob("artefacts/*.yaml"), *configs.glob("bench/*.yaml")]:
+        cells = (yaml.safe_load(path.read_text(encoding="utf-8")).get("cells")) or {}
+        drawn = style.looks(cells)
+        assert len({style.drawn_as(look) for look in drawn.values()}) == len(cells), path.name
+        assert len({look.name for look in drawn.values()}) == len(cells), path.name
+    beyond = yaml.safe_load((configs / "artefacts" / "beyond.yaml").read_text(encoding="utf-8"))["cells"]
+    assert all(style.look(cell) == look for cell, look in style.looks(beyond).items())  # the same in every figure
+    assert all(style.name(cell) != cell for cell in beyond)
+    many = style.looks([f"mine_{number}" for number in range(100)])
+    assert len({style.drawn_as(look) for look in many.values()}) == 100
 
 
 def test_a_verdict_that_boolq_alone_decides_is_undecided():

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from flowhn.config import build_model, compose, to_dict
+from script_loading import SCRIPTS, load_script
 
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-def _load(name: str):
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-formulas = _load("scaling_formulas")
-scaling = _load("scaling")
+formulas = load_script("scaling_formulas")
+scaling = load_script("scaling")
 
 
 def real_model(shape, split: str = "fac", device: str = "meta"):

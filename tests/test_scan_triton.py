@@ -199,8 +199,8 @@ def test_triton_by_name(pretended):
 
 
 def test_record_names_the_kernel_that_runs(pretended):
-    """Mamba-2 has no Triton scan: the record must not claim one."""
-    models = {Mamba1: Mamba1(d_model=16), Mamba2: Mamba2(d_model=16, headdim=8)}
+    """A Mamba-2 with a state too large for the Triton kernels has none: the record must not claim one."""
+    models = {Mamba1: Mamba1(d_model=16), Mamba2: Mamba2(d_model=16, headdim=8, d_state=256)}
     used = lambda kind: kernels.kernels_used(models[kind], "cuda")["ssm"]  # noqa: E731
     pretended(triton=True, mamba_ssm=False)
     assert (used(Mamba1), used(Mamba2)) == ("triton", "torch")

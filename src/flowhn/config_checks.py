@@ -50,6 +50,10 @@ _NAMES: Check = (
     lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "a list of names",
 )
+_LENGTHS: Check = (
+    lambda value: isinstance(value, list) and bool(value) and all(_whole(1)[0](length) for length in value),
+    "a list of lengths in tokens, such as [2048,4096]",
+)
 _BETAS: Check = (
     lambda value: (
         isinstance(value, list) and len(value) == 2 and all(_number(0, 1)[0](beta) and beta < 1 for beta in value)
@@ -94,6 +98,7 @@ CHECKS: dict[str, Check] = {
     "data.loss_on_padding": _TRUTH,
     "eval.limit": _or_null(_whole(1)),
     "eval.tasks": _NAMES,
+    "eval.lengths": _LENGTHS,
     "size.d_model": _whole(1),
     "size.n_*heads": _whole(1),
     "size.n_layers.*": _whole(1),

@@ -153,7 +153,7 @@ def _kernels() -> Iterator[Finding]:
         if mixer == "attention":
             taken, plain = resolve_attention("auto", device.type), "attention=sdpa"
         else:
-            taken, plain = resolve_ssm("auto", device.type, has_triton=mixer == "mamba1"), "kernels=torch"
+            taken, plain = resolve_ssm("auto", device.type, has_triton=True), "kernels=torch"
         if check.error is not None:
             yield Finding(name, "fail", f"{taken} does not run here: {check.error}", f"{plain}, or install it again")
         elif not check.correct:

@@ -136,6 +136,8 @@ class Workshop:
         """
         import torch
 
+        from flowhn.evaluation.suites import needs_length
+
         if not suite["tasks"]:
             return {"suite": suite["name"], "tasks": {}, "seconds": 0.0}
         if tokenizer is None:
@@ -150,7 +152,7 @@ class Workshop:
             model,
             tokenizer,
             device=hardware.device,
-            max_length=suite.get("max_length") or config["seq_len"],
+            max_length=needs_length(suite) or config["seq_len"],
             dtype=torch.bfloat16 if hardware.precision.startswith("bf16") else None,
             on_progress=(lambda done, total: on_progress(Progress("eval", done, total))) if on_progress else None,
         )
@@ -167,11 +169,14 @@ class Workshop:
     ) -> Any:
         """The suite's :class:`~flowhn.evaluation.Evaluator`, with its requests built; built on first use."""
         from flowhn.evaluation import Evaluator
-        from flowhn.evaluation.suites import needs_heldout
+        from flowhn.evaluation.suites import counts_tokens, needs_heldout
 
         # The paper's questions are the same for every text that was trained on.
         heldout_file = heldout_file if needs_heldout(suite["tasks"]) else None
-        key = config_hash({"suite": dict(suite), "heldout": str(heldout_file)})
+        asked = {"suite": dict(suite), "heldout": str(heldout_file)}
+        if counts_tokens(suite["tasks"]):
+            asked["tokenizer"] = tokenizer.fingerprint
+        key = config_hash(asked)
         if key not in self._evaluators:
             if on_progress:
                 on_progress(Progress("eval", text="building the evaluation requests"))

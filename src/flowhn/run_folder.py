@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flowhn.errors import UserError
+from flowhn.reporting.record import sync_folder
 
 RECORD_NAME = "record.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -71,18 +72,13 @@ def copy_tokenizer(prepared: Any, folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or what a folder lists, to disk; Windows cannot open folders and does without.
+    """Flush a file, or what a folder lists, to disk.
 
     Raises:
         OSError: the disk refused a file's content.
     """
     if path.is_dir():
-        with suppress(OSError):
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        sync_folder(path)
     else:
         with path.open("r+b") as file:
             os.fsync(file.fileno())

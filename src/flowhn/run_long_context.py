@@ -24,6 +24,11 @@ def long_suite(overrides: Sequence[str]) -> dict[str, Any]:
     return to_dict(compose("train", ["eval=long_context", *overrides]))["eval"]
 
 
+def asked_of(suite: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which questions a suite asks: a result with the same is not made again."""
+    return {key: suite[key] for key in ("tasks", "limit", "max_length")}
+
+
 def evaluate_long(run: Run, suite: Mapping[str, Any], workshop: Any) -> dict[str, Any]:
     """The suite's results of a finished run, with what a table needs to know of it.
 
@@ -85,7 +90,7 @@ def measure_long_context(runs: Mapping[str, Run], folder: Path, *, overrides: Se
     if not finished:
         return None
     suite, workshop = long_suite(overrides), Workshop()
-    asked = {key: suite[key] for key in ("tasks", "limit", "max_length")}
+    asked = asked_of(suite)
     for run in finished:
         path = folder / FOLDER_NAME / f"{run.config['cell']}-s{run.config['seed']}.json"
         if path.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,11 @@ class TextTokenizer:
         self.pad_id = eos_id if pad_id is None else pad_id
         # Not their number: ids may have gaps, and the largest has to fit into the model's vocabulary.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the tokens, as hex."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text."""

@@ -20,6 +20,7 @@ from flowhn.errors import UserError
 from flowhn.evaluation.docs_tasks import write_docs_tasks
 from flowhn.evaluation.lm import FlowHNLM, Tokenizer
 from flowhn.evaluation.long_context import LONG_TASKS, QUESTIONS, write_long_tasks
+from flowhn.evaluation.ruler import METRIC, at_lengths, our_name, ruler_length, write_ruler_tasks
 from flowhn.evaluation.suites import (
     CODE_TASKS,
     DOCS_TASKS,
@@ -32,6 +33,7 @@ from flowhn.evaluation.suites import (
 )
 
 _METRICS = (
+    METRIC,
     "acc_mutual_info",
     "exact_match",
     "pass@1",
@@ -51,7 +53,7 @@ class Evaluator:
         heldout_file: held-out documents for the tasks of ``eval=docs`` and ``eval=long_context``.
         work_dir: folder for generated task files; made anew.
         seed: decides the questions of both.
-        tokenizer: of the models to come, for ``eval=long_context``, whose lengths are in tokens.
+        tokenizer: of the models to come, for ``eval=long_context`` and ``eval=ruler``, whose lengths are in tokens.
 
     Raises:
         UserError: a task or its data is missing.
@@ -72,12 +74,13 @@ class Evaluator:
             raise UserError(f"eval.limit={limit} must be null or the number of questions of each task")
         work_dir = Path(work_dir) / str(os.getpid())  # another process may evaluate the same suite
         shutil.rmtree(work_dir, ignore_errors=True)
-        self._write_tasks(work_dir, heldout_file, seed, tokenizer)
+        names = at_lengths(self.suite)
         with _quiet():
+            self._write_tasks(names, work_dir, heldout_file, seed, tokenizer)
             self._limit = limit
             self._tokenizer: Tokenizer | None = None  # whose tokens are in _encoded
             self._encoded: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
-            self._tasks = _load_tasks(work_dir, list(self.suite["tasks"]), self.suite.get("data_dir"), limit)
+            self._tasks = _load_tasks(work_dir, names, self.suite.get("data_dir"), limit)
         shutil.rmtree(work_dir, ignore_errors=True)
 
     @property
@@ -96,24 +99,29 @@ class Evaluator:
             self._tokenizer, self._encoded = tokenizer, {}
         return self._encoded
 
-    def _write_tasks(self, folder: Path, heldout_file: Path | None, seed: int, tokenizer: Tokenizer | None) -> None:
-        names = list(self.suite["tasks"])
+    def _write_tasks(
+        self, names: list[str], folder: Path, heldout_file: Path | None, seed: int, tokenizer: Tokenizer | None
+    ) -> None:
         if needs_heldout(names) and heldout_file is None:
             raise UserError(
                 f"eval={self.suite['name']} needs held-out text, which this data has not; set eval=none or eval=paper"
             )
         if any(name in DOCS_TASKS for name in names):
             write_docs_tasks(heldout_file, folder, seed=seed)
-        if long := [name for name in names if name in LONG_TASKS]:
-            if tokenizer is None:
-                raise UserError(f"{long[0]} counts its length in tokens and the model has no tokenizer; set eval=none")
-            size = self.suite.get("limit") or QUESTIONS  # made to measure: the first of 50 would all be asked early
+        counted = [name for name in names if task_length(name)]
+        if counted and tokenizer is None:
+            raise UserError(f"{counted[0]} counts its length in tokens and the model has no tokenizer; set eval=none")
+        limit = self.suite.get("limit")
+        if long := [name for name in counted if name in LONG_TASKS]:
+            size = limit or QUESTIONS  # made to measure: the first of 50 would all be asked early
             write_long_tasks(long, folder, heldout_file=heldout_file, tokenizer=tokenizer, seed=seed, n_questions=size)
+        if ruler := [name for name in counted if name not in LONG_TASKS]:
+            write_ruler_tasks(ruler, folder, tokenizer=tokenizer, seed=seed, n_questions=limit)
         data_dir = self.suite.get("data_dir")
         for name in names:
             if name in CODE_TASKS:
                 write_code_task(name, folder)
-            elif not needs_heldout([name]):
+            elif not needs_heldout([name]) and name not in ruler:
                 write_paper_task(name, folder, data_dir=Path(data_dir).expanduser() if data_dir else None)
 
     def run(
@@ -137,7 +145,8 @@ class Evaluator:
             ``acc_norm_stderr``, ``perplexity``, ``perplexity_stderr``, where the task has them), with ``n`` questions,
             the accuracy of guessing as ``chance``, ``correct``: for each accuracy, one 0 or 1 per question, ``choice``:
             one digit per question, the likeliest of its answers, the name of
-            the accuracy that tables show as ``metric``, and for ``eval=long_context`` the questions' ``length`` in tokens.
+            the accuracy that tables show as ``metric``, and for ``eval=long_context`` and
+            ``eval=ruler`` the questions' ``length`` in tokens. RULER's number is ``string_match``.
 
         Raises:
             UserError: questions longer than ``max_length``, which would be cut.
@@ -235,7 +244,9 @@ def _numbers(name: str, results: Mapping[str, Any], samples: list[Mapping[str, A
         found["length"] = length
     for key, value in results.items():
         metric, _, answer_filter = key.partition(",")  # "acc,none"; code tasks: "pass@1,create_test"
-        if answer_filter and isinstance(value, int | float):
+        if ruler_length(name):
+            metric = our_name(metric, length)
+        if metric and answer_filter and isinstance(value, int | float):
             found[metric] = float(value)
     ordered = sorted(samples, key=lambda sample: sample["doc_id"])
     found["correct"] = {
@@ -245,7 +256,8 @@ def _numbers(name: str, results: Mapping[str, Any], samples: list[Mapping[str, A
     }
     if choices := _choices(ordered, found["correct"]):
         found["choice"] = choices
-    found["metric"] = next((metric for metric in _METRICS if metric in found["correct"]), "acc")
+    known = found if ruler_length(name) else found["correct"]  # RULER's are shares, without a right or wrong
+    found["metric"] = next((metric for metric in _METRICS if metric in known), "acc")
     return found
 
 

@@ -18,6 +18,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flowhn.errors import UserError
+from flowhn.models import CausalLM
+
 # Padded tokens of one forward pass. A CPU is fastest while activations stay in its caches (500 real requests, one core:
 # 2.3 s at 2,048, 3.8 s at 8,192); a GPU wants enough to do.
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384, "mps": 4096}
@@ -209,7 +212,10 @@ class FlowHNLM(TemplateLM):
 
     @torch.inference_mode()
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        """Greedy continuation until a stop string, the end-of-text token or ``max_gen_toks`` (the prefix is recomputed)."""
+        """Greedy continuation until a stop string, the end-of-text token or ``max_gen_toks``.
+
+        A long context has a batch to itself and is read once (see :meth:`_cache`); the others are read again for each token.
+        """
         waiting = []
         for index, request in enumerate(requests):
             context, options = request.args
@@ -219,8 +225,9 @@ class FlowHNLM(TemplateLM):
             waiting.append(_Generation(index, ids, stops, int(options.get("max_gen_toks", 256))))
         done = 0
         for batch in self._generation_batches(waiting):
+            cache = self._cache(batch)
             while active := [row for row in batch if not row.finished]:
-                for row, token in zip(active, self._next_tokens(active), strict=True):
+                for row, token in zip(active, self._next_tokens(active, cache), strict=True):
                     row.take(token, self._tokenizer)
             done += len(batch)
             self._on_progress(done, len(requests))
@@ -240,10 +247,30 @@ class FlowHNLM(TemplateLM):
         if batch:
             yield batch
 
-    def _next_tokens(self, rows: Sequence[_Generation]) -> list[int]:
-        ids, lengths = self._pad([(row.ids + row.made)[-self.max_length :] for row in rows])
+    def _cache(self, batch: Sequence[_Generation]) -> Any:
+        """A decoding cache where it gives the tokens that reading everything again gives, else None.
+
+        That is for one row, which ``max_length`` does not cut, of a model that routes by position and not by length.
+        """
+        row = batch[0]
+        whole = len(row.ids) + row.limit <= self.max_length
+        if len(batch) > 1 or not whole or not isinstance(self.model, CausalLM) or self.model.length_dependent:
+            return None
+        try:
+            return self.model.new_cache()
+        except (UserError, AttributeError):  # fusion=cross has none, nor has a mixer of the user's own that lacks it
+            return None
+
+    def _next_tokens(self, rows: Sequence[_Generation], cache: Any = None) -> list[int]:
+        if cache is not None:
+            new = (rows[0].ids + rows[0].made)[cache.seen :]
+            ids, lengths = self._pad([new])
+            with torch.compiler.set_stance("force_eager"), self._attention(), self._autocast():
+                hidden = self.model.extend_body(ids, cache)  # (1, n, D)
+        else:
+            ids, lengths = self._pad([(row.ids + row.made)[-self.max_length :] for row in rows])
+            hidden = self._body(ids)  # (B, T, D)
         last = torch.tensor(lengths, device=ids.device) - 1
-        hidden = self._body(ids)  # (B, T, D)
         with self._autocast():
             logits = self.model.lm_head(hidden[torch.arange(len(rows), device=ids.device), last])  # (B, V)
         return logits.float().argmax(dim=-1).tolist()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from flowhn.errors import UserError
 from flowhn.evaluation.long_context import LONG_TASKS
+from flowhn.evaluation.ruler import ROOM, RULER_TASKS, at_lengths, ruler_length
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ def chance(task: str) -> float | None:
     """Accuracy of guessing in a task, None where it is not known."""
     if task in PAPER_TASKS:
         return PAPER_TASKS[task].chance
-    return 0.0 if task in LONG_TASKS or task in CODE_TASKS else DOCS_TASKS.get(task)
+    generated = task in LONG_TASKS or task in CODE_TASKS or ruler_length(task) is not None
+    return 0.0 if generated else DOCS_TASKS.get(task)
 
 
 def needs_heldout(tasks: Iterable[str]) -> bool:
@@ -50,8 +53,19 @@ def needs_heldout(tasks: Iterable[str]) -> bool:
 
 
 def task_length(task: str) -> int | None:
-    """Tokens of a task's questions where that is what it varies (``eval=long_context``), else None."""
-    return LONG_TASKS.get(task)
+    """Tokens of a task's questions where that is what it varies (``eval=long_context``, ``eval=ruler``), else None."""
+    return LONG_TASKS.get(task) or ruler_length(task)
+
+
+def needs_length(suite: Mapping[str, Any]) -> int | None:
+    """Tokens of the longest input that a suite asks for, whatever was trained at: its ``max_length``, else what RULER needs."""
+    lengths = [length + ROOM for name in at_lengths(suite) if (length := ruler_length(name))]
+    return suite.get("max_length") or max(lengths, default=None)
+
+
+def counts_tokens(tasks: Iterable[str]) -> bool:
+    """Whether the questions of any of these tasks depend on the tokenizer and on nothing else of a run."""
+    return any(task in RULER_TASKS for task in tasks)
 
 
 def write_code_task(task: str, folder: Path) -> None:
@@ -77,7 +91,7 @@ def write_paper_task(task: str, folder: Path, *, data_dir: Path | None) -> None:
         UserError: an unknown task, or no ``<task>.jsonl`` or ``<task>.jsonl.gz`` in the folder.
     """
     if task not in PAPER_TASKS:
-        known = ", ".join([*PAPER_TASKS, *DOCS_TASKS, *LONG_TASKS, *CODE_TASKS])
+        known = ", ".join([*PAPER_TASKS, *DOCS_TASKS, *LONG_TASKS, *CODE_TASKS, *RULER_TASKS])
         raise UserError(f"eval.tasks has {task}, which is not one of {known}")
     spec = PAPER_TASKS[task]
     lines = [f"include: {files('lm_eval') / 'tasks' / spec.yaml}", f"task: {task}"]

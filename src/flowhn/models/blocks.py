@@ -133,7 +133,9 @@ class ParallelBlock(nn.Module):
 
     def _join(self, x: Tensor, y_attn: Tensor, y_ssm: Tensor, split: TokenSplit) -> Tensor:
         """What follows the branches: (B, T, D) -> (B, T, D)."""
-        x = x + self.fusion(y_attn, y_ssm, split).to(x.dtype)  # a fusion that ends in a norm gives float32 under autocast
+        x = x + self.fusion(y_attn, y_ssm, split).to(
+            x.dtype
+        )  # a fusion that ends in a norm gives float32 under autocast
         return x + self.proj(self.norm(x))
 
     def _side_by_side(self, x: Tensor, split: TokenSplit) -> tuple[Tensor, Tensor]:

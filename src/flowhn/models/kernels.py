@@ -106,11 +106,11 @@ def _resolve_attention(requested: str, device_type: str) -> str:
 def resolve_ssm(requested: str, device_type: str, has_triton: bool = False) -> str:
     """``torch``, ``mamba_ssm`` or ``triton`` for a device type ("cuda", "cpu", "mps", "meta"); cached.
 
-    ``auto`` on CUDA takes the first that works of our Triton kernel (twice as fast as mamba_ssm's selective scan on an
-    H200), mamba_ssm and plain torch.
+    ``auto`` on CUDA takes the first that works of our Triton kernels (faster than mamba_ssm's on an H200), mamba_ssm and
+    plain torch.
 
     Args:
-        has_triton: the mixer has a Triton kernel (Mamba-1). Without one ``triton`` means the same as ``auto``.
+        has_triton: the mixer has a Triton kernel for its sizes. Without one ``triton`` means the same as ``auto``.
 
     Raises:
         UserError: an unknown name, or ``mamba_ssm`` or ``triton`` asked for by name where it cannot be used.

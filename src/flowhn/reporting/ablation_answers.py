@@ -11,6 +11,8 @@ from typing import Any
 
 import pandas as pd
 
+from flowhn.reporting.ablation_tables import one_branch
+
 SPLIT_LIMITS = (
     "A short run on a small text ranks strategies by how fast they learn local statistics; whether late tokens have seen early "
     "ones, which is what FA_Split and AE_Split give up, matters for text with long dependencies and more training."
@@ -122,7 +124,8 @@ def balance_answer(frame: pd.DataFrame) -> str:
         if pd.notna(flops["tps"]) and pd.notna(time["tps"]):
             speeds.append(f"{time['tps'] / flops['tps']:.2f} with {name}")
     first = f"Cutting by measured time instead of FLOPs moves attention's share {_and(losses)}." if losses else _NO_LOSS
-    return f"{first} {f'In multiples of the FLOP-balanced cut, tokens/s are {_and(speeds)}.' if speeds else _NO_SPEED}"
+    second = f"In multiples of the FLOP-balanced cut, tokens/s are {_and(speeds)}." if speeds else _NO_SPEED
+    return " ".join(filter(None, (first, second, one_branch(frame))))
 
 
 def _pairs(

@@ -128,7 +128,7 @@ def _dots(frame: pd.DataFrame, labels: Sequence[str], groups: Sequence[str] | No
             axis.tick_params(axis="y", length=0)
             axis.spines[["top", "right", "left"]].set_visible(False)
             if column == "tps":
-                axis.set_xlim(0, 1.06 * factor * frame.tps.max())
+                axis.set_xlim(0, 1.04 * factor * (frame.tps + frame.tps_spread.fillna(0.0)).max())
         axes[0].set_yticks(range(len(lines)), lines)
         axes[0].set_ylim(len(lines) - 0.5, -0.5)
         if len(names) > 1:

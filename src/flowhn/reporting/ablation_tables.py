@@ -260,6 +260,18 @@ def scale(frame: pd.DataFrame) -> str:
     )
 
 
+def one_branch(frame: pd.DataFrame) -> str:
+    """A sentence on the rows whose cut gives one branch all tokens, or an empty text."""
+    parts = []
+    split = frame[frame.split != "no"]
+    for rows, branch in (
+        (split[split.attention_share >= 1], "the SSM"),
+        (split[split.attention_share <= 0], "attention"),
+    ):
+        parts += [f"{label}: no token is left for {branch}" for label in rows.label]
+    return f"A cut at the edge trains one branch alone ({'; '.join(parts)})." if parts else ""
+
+
 def notes(frame: pd.DataFrame) -> list[str]:
     """What stands below a written table."""
     if "entropy" not in frame.attrs:
@@ -269,7 +281,8 @@ def notes(frame: pd.DataFrame) -> list[str]:
         found.append(f"Unigram entropy of the text: {frame.attrs['entropy']:.2f} nats per token.")
     if "coincides" in frame and frame["coincides"].notna().any():
         found.append("Rows with an entry under 'the same as' compute the same function; they were trained once.")
-    return found
+    edge = one_branch(frame)
+    return [*found, edge] if edge else found
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:

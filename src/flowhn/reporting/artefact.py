@@ -14,6 +14,7 @@ from flowhn.reporting.beyond import gap_table, readable_gap
 from flowhn.reporting.overlap import overlap_notes
 from flowhn.reporting.rates import rate_table
 from flowhn.reporting.record import RunRecord, write_record
+from flowhn.reporting.speeds import DaySpread
 from flowhn.reporting.style import long_name
 from flowhn.reporting.tables import DASH, table1, write_table
 from flowhn.reporting.verdicts import BIASED_ALONE, INTERVAL, verdicts
@@ -37,7 +38,7 @@ def write_artefact(
     notes: Sequence[str] = (),
     tables: Sequence[str] = ("verdicts",),
     gap: Mapping[str, Any] | None = None,
-    days: Mapping[str, float] | None = None,
+    days: Mapping[str, DaySpread] | None = None,
 ) -> list[Path]:
     """Write ``table`` and ``tables`` as .md and .csv, ``<figure>.png`` each and ``records/``; returns the paths.
 
@@ -88,7 +89,7 @@ def write_artefact(
 
 
 def _write_verdicts(
-    records: Sequence[RunRecord], folder: Path, title: str, *, days: Mapping[str, float] | None
+    records: Sequence[RunRecord], folder: Path, title: str, *, days: Mapping[str, DaySpread] | None
 ) -> tuple[Path, Path]:
     judged = verdicts(records, days=days)
     heading = f"{title}: the paper's claims"

@@ -18,28 +18,19 @@ from flowhn.reporting.sealed import read_sealed, write_sealed
 from flowhn.reporting.style import long_name
 
 SCHEMA = "flowhn-bench-1"
-BASELINES = ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba")
 SIZES = ("tiny", "135m", "350m", "1b")
-# What the project set out to reach on one H200 at 1,024 tokens, by cell and size: tokens/s.
-GOALS_H200 = {
-    ("flowhn_fac", "135m"): 1_050_000, ("flowhn_fac", "350m"): 350_000, ("flowhn_fac", "1b"): 135_000,
-    ("flowhn_fac_mamba2", "135m"): 1_050_000, ("flowhn_fac_mamba2", "350m"): 375_000, ("flowhn_fac_mamba2", "1b"): 155_000,
-}  # fmt: skip
-GOAL_SHARE = {"135m": 0.53, "350m": 0.52, "1b": 0.69}
-GOAL_LEAD = {"135m": 1.15, "350m": 1.25, "1b": 1.5}
-GOAL_PEERS = {"llama": 1.25, "mamba1": 1.3, "mamba2": 1.5}
-# The published code's FAC_Split (mode D, fp32, eager) at its fastest batch (16; 4) on one H200, 2026-11: tokens/s and our goal.
-PUBLISHED_H200 = {"135m": (96_200, 10.9), "1b": (11_700, 11.0)}
-_CASES_WITH_GOALS = ("figure4", "peers", "length")  # others time variants at batches of their own
 _LABELS = {
     "flowhn_fac_mamba2": "FlowHN FAC_Split, Mamba-2 branch",
     "fac_overlap": "FlowHN FAC_Split, two streams",
     "fac_mamba2_overlap": "FlowHN FAC_Split, Mamba-2 branch, two streams",
     "fac_flops": "FlowHN FAC_Split, cut by FLOPs",
     "fac_time": "FlowHN FAC_Split, cut by measured time",
+    "fac_bf16_residual": "FlowHN FAC_Split, bf16 residual",
+    "fac_mamba2_bf16_residual": "FlowHN FAC_Split, Mamba-2 branch, bf16 residual",
+    "fac_mamba2_triton": "FlowHN FAC_Split, Mamba-2 branch, our Triton kernels",
+    "fac_mamba2_mamba_ssm": "FlowHN FAC_Split, Mamba-2 branch, mamba_ssm's kernels",
     **{f"fac_0{n}": f"FlowHN FAC_Split, {n}0 % to attention" for n in range(1, 10)},
 }
-GOAL_LENGTH = (8192, 85.0)  # at that length, % of FAC's tokens/s at 1,024
 
 
 def write_bench_record(path: Path, content: Mapping[str, Any]) -> None:
@@ -65,162 +56,158 @@ def label(cell: str) -> str:
 
 
 def bench_table(records: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row for each cell, size, length and protocol: of the batches that were measured, the fastest one; its repeats are
-    pooled (median, with the spread over them).
+    """One row for each cell, size, length and protocol, from the records that :func:`counted` takes of it: medians over
+    repeats, with the spread over them.
 
-    Columns: model, size, seq_len, protocol, batch, parameters, tps, spread (half the range of windows and repeats over the
-    median, %), mfu and share_of_matmul (%), peak_gib, first_step_s, status.
+    Columns: model, size, seq_len, protocol, runs, status, batch, parameters, tps, spread (half the range of windows and
+    repeats over the median, %), mfu (%; where no datasheet has the device's peak, against the fastest product that any of
+    the records measured), share_of_matmul (%; none on a CPU, where a product's rate changes by a factor of three between
+    processes), peak_gib, and of the first step first_step_cold_s (compiled beside other cells), first_step_warm_s (compiled
+    before, or not compiled at all) and first_step_unknown_s (not prepared: what was in the caches is not on record).
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for record in records:
         key = (record["cell"], record["size"], record["seq_len"], record["protocol"])
         groups.setdefault(key, []).append(record)
+    peaks = _measured_peaks(records)
     rows = []
     for (cell, size, seq_len, protocol), members in groups.items():
-        done = _best_batch([record for record in members if record["status"] == "done"])
-        row = {
-            "cell": cell,
-            "model": label(cell),
-            "size": size,
-            "seq_len": seq_len,
-            "protocol": protocol,
-            "runs": len(done),
-        }
-        if not done:
+        row = {"cell": cell, "model": label(cell), "size": size, "seq_len": seq_len, "protocol": protocol}
+        done = counted(members)
+        row["runs"] = len(done)
+        if done:
+            rows.append(row | _figures(done, peaks))
+        else:
             rows.append(row | {"status": f"{members[0]['status']}: {members[0].get('reason', '')}"})
-            continue
-        first = done[0]
-        tokens = first["batch"] * seq_len
-        speeds = [tokens / seconds for record in done for seconds in record["window_step_seconds"]]
-        tps = pd.Series([record["tps"] for record in done]).median()
-        rows.append(
-            row
-            | {
-                "status": "done",
-                "batch": first["batch"],
-                "parameters": first["parameters"],
-                "tps": tps,
-                "spread": 100 * (max(speeds) - min(speeds)) / 2 / tps,
-                "mfu": None
-                if first["peak_flops"] is None
-                else 100 * tps * first["flops_per_token"] / first["peak_flops"],
-                "share_of_matmul": pd.Series([100 * record["share_of_matmul"] for record in done]).median(),
-                "peak_gib": None if first["peak_bytes"] is None else first["peak_bytes"] / 2**30,
-                "first_step_s": first.get("cold_first_step_seconds", first["first_step_seconds"]),
-            }
-        )
     order = {size: number for number, size in enumerate(SIZES)}
     rows.sort(key=lambda row: (order.get(row["size"], 9), row["protocol"], row["seq_len"]))
     return pd.DataFrame(rows)
 
 
-def _best_batch(done: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The records of the batch with the highest median tokens/s."""
-    speeds: dict[int, list[float]] = {}
-    for record in done:
-        speeds.setdefault(record["batch"], []).append(record["tps"])
-    best = max(speeds, key=lambda batch: median(speeds[batch]), default=None)
-    return [record for record in done if record["batch"] == best]
-
-
-def goals(frame: pd.DataFrame) -> pd.DataFrame:
-    """Goal beside reached on an H200, at 1,024 tokens unless said; empty where nothing of it was measured."""
-    optimised = frame[(frame.status == "done") & (frame.protocol == "optimised")]
-    if optimised.empty:  # nothing measured: the columns of figures are not there either
-        return pd.DataFrame()
-    done = optimised[optimised.seq_len == 1024]
-    speed = {(row.cell, row.size): row for row in done.itertuples()}
-    rows: list[dict[str, Any]] = []
-
-    def add(what: str, size: str, goal: float, reached: float, unit: str) -> None:
-        rows.append(
-            {"what": what, "size": size, "goal": goal, "reached": reached, "unit": unit, "met": reached >= goal}
-        )
-
-    for (cell, size), goal in GOALS_H200.items():
-        if (cell, size) in speed:
-            add(label(cell), size, goal, speed[cell, size].tps, "tokens/s")
-    for size, goal in GOAL_SHARE.items():
-        ours = [speed[cell, size] for cell in ("flowhn_fac", "flowhn_fac_mamba2") if (cell, size) in speed]
-        if not ours:
-            continue
-        add(
-            "FAC, better branch, of the measured matrix-product rate",
-            size,
-            100 * goal,
-            max(r.share_of_matmul for r in ours),
-            "%",
-        )
-        rivals = [speed[cell, size] for cell in BASELINES if (cell, size) in speed]
-        if rivals:
-            best = max(rivals, key=lambda row: row.tps)
-            lead = max(row.tps for row in ours) / best.tps
-            add(
-                f"FAC, better branch, over the fastest of {len(rivals)} baselines ({best.model})",
-                size,
-                GOAL_LEAD[size],
-                lead,
-                "x",
-            )
-        if size in PUBLISHED_H200:
-            theirs, goal = PUBLISHED_H200[size]
-            add(
-                "FAC, better branch, over the published code at its best batch",
-                size,
-                goal,
-                max(r.tps for r in ours) / theirs,
-                "x",
-            )
-    for cell, goal in GOAL_PEERS.items():
-        pair = [speed.get((name, "135m")) for name in (cell, f"peer_{cell}")]
-        if all(row is not None for row in pair):
-            add(
-                f"{label(cell)} over transformers', batch {pair[0].batch:.0f}",
-                "135m",
-                goal,
-                pair[0].tps / pair[1].tps,
-                "x",
-            )
-    return pd.DataFrame(rows + _length_goal(optimised))
-
-
-def _length_goal(optimised: pd.DataFrame) -> list[dict[str, Any]]:
-    """What FAC keeps of its rate at a long sequence; no row where one of the two lengths was not measured."""
-    long, goal = GOAL_LENGTH
-    fac = optimised[optimised.cell == "flowhn_fac"].set_index(["size", "seq_len"]).tps
-    kept = {
-        size: 100 * fac[size, long] / fac[size, 1024] for size, at in fac.index if at == long and (size, 1024) in fac
+def _figures(done: Sequence[Mapping[str, Any]], peaks: Mapping[Any, float]) -> dict[str, Any]:
+    first, tps = done[0], median(record["tps"] for record in done)
+    tokens = first["batch"] * first["seq_len"]
+    speeds = [tokens / seconds for record in done for seconds in record["window_step_seconds"]]
+    peak = peaks.get(_peak_key(first), first["peak_flops"])
+    on_cpu = first["device"].get("type") == "cpu"
+    return {
+        "status": "done",
+        "batch": first["batch"],
+        "parameters": first["parameters"],
+        "tps": tps,
+        "spread": 100 * (max(speeds) - min(speeds)) / 2 / tps,
+        "mfu": None if peak is None else 100 * tps * first["flops_per_token"] / peak,
+        "share_of_matmul": None if on_cpu else median(100 * record["share_of_matmul"] for record in done),
+        "peak_gib": None if first["peak_bytes"] is None else first["peak_bytes"] / 2**30,
+        **_first_steps(done),
     }
-    what = f"FAC at {long:,} tokens, of its rate at 1,024"
-    return [
-        {"what": what, "size": size, "goal": goal, "reached": share, "unit": "%", "met": share >= goal}
-        for size, share in kept.items()
-    ]
+
+
+def _first_steps(done: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Seconds of the first step by what was compiled before it: only a prepared record tells both."""
+    prepared = [record for record in done if record.get("cold_first_step_seconds") is not None]
+    eager = [record for record in done if record.get("compile") is False and record not in prepared]
+    rest = [record for record in done if record not in prepared and record not in eager]
+    return {
+        "first_step_cold_s": median(r["cold_first_step_seconds"] for r in prepared) if prepared else None,
+        "first_step_warm_s": median(r["first_step_seconds"] for r in prepared or eager) if prepared or eager else None,
+        "first_step_unknown_s": max(r["first_step_seconds"] for r in rest) if rest and not prepared else None,
+    }
+
+
+def counted(members: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Of a cell's records at one size, length and protocol those that are repeats of each other and count: finished, of the
+    commit that was timed last, with its fastest setting (batch and overrides)."""
+    done = [record for record in members if record["status"] == "done"]
+    if not done:
+        return []
+    last = commit_of(max(done, key=lambda record: str(record.get("created", ""))))
+    settings: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for record in done:
+        if commit_of(record) == last:
+            settings.setdefault((record["batch"], *(record.get("overrides") or ())), []).append(record)
+    return max(settings.values(), key=lambda own: median(record["tps"] for record in own))
+
+
+def commit_of(record: Mapping[str, Any]) -> str:
+    """The seven letters of a record's commit, or ``unknown``."""
+    return ((record.get("git") or {}).get("commit") or "unknown")[:7]
+
+
+def _peak_key(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    return (
+        record["device"].get("name"),
+        record["device"].get("count"),
+        record.get("peak_source"),
+        record.get("precision"),
+    )
+
+
+def _measured_peaks(records: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], float]:
+    """The fastest product that the records' processes measured, for each device without a datasheet peak."""
+    found: dict[tuple[Any, ...], float] = {}
+    for record in records:
+        if record["status"] == "done" and record["peak_flops"] and "measured" in str(record.get("peak_source")):
+            found[_peak_key(record)] = max(found.get(_peak_key(record), 0.0), record["peak_flops"])
+    return found
+
+
+def how_measured(records: Sequence[Mapping[str, Any]]) -> str:
+    """What the columns of :func:`readable` are, in the words that hold for these records: of ±, MFU and the first step."""
+    done = [record for record in records if record["status"] == "done"]
+    frame = bench_table(done)
+    parts = ["± is half the range over all windows."]
+    peaks = _measured_peaks(done)
+    if peaks:
+        parts.append(
+            f"MFU is against a matrix product, the fastest that any of these processes measured on the device "
+            f"({max(peaks.values()) / 1e12:.2g} TFLOP/s): no datasheet has its peak."
+        )
+    sheets = sorted(
+        {(str(r["peak_source"]), r["peak_flops"]) for r in done if r.get("peak_source") and r["peak_flops"]}
+    )
+    sheets = [(source, peak) for source, peak in sheets if "measured" not in source]
+    if sheets:
+        told = ", ".join(f"{source}, {peak / 1e12:,.1f} TFLOP/s" for source, peak in sheets)
+        parts.append(f"MFU is against the device's peak ({told}).")
+    if done and frame.share_of_matmul.notna().any():
+        parts.append("The column after MFU is against a matrix product measured in the same process.")
+    if done and frame.first_step_cold_s.notna().any():
+        parts.append("First step: compiling, beside other cells; with warm caches, in the timed process after that.")
+    if done and frame.first_step_unknown_s.notna().any():
+        parts.append("≥: not prepared beforehand; how much was in the machine's caches is not on record.")
+    return " ".join(parts)
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """A :func:`bench_table` with its numbers as text and heads for readers."""
+    """A :func:`bench_table` with its numbers as text and heads for readers; columns without a number are left out."""
     formats = {
         "batch": "{:.0f}", "parameters": "{:,.0f}", "tps": "{:,.0f}", "spread": "{:.1f}", "mfu": "{:.1f}",
-        "share_of_matmul": "{:.1f}", "peak_gib": "{:.1f}", "first_step_s": "{:.0f}",
+        "share_of_matmul": "{:.1f}", "peak_gib": "{:.1f}", "first_step_cold_s": "{:.0f}", "first_step_warm_s": "{:.1f}",
+        "first_step_unknown_s": "≥ {:.0f}",
     }  # fmt: skip
     shown = frame.drop(columns="cell").copy()
     for column, style in formats.items():
         if column in shown:
             shown[column] = ["" if pd.isna(value) else style.format(value) for value in shown[column]]
+    if "first_step_unknown_s" in shown:
+        unknown = shown.pop("first_step_unknown_s")
+        shown["first_step_cold_s"] = shown.first_step_cold_s.where(shown.first_step_cold_s != "", unknown)
+    shown = shown.drop(columns=[column for column in formats if column in shown and not (shown[column] != "").any()])
     names = {
         "tps": "tokens/s",
         "spread": "± %",
         "mfu": "MFU %",
         "share_of_matmul": "of matmul %",
         "peak_gib": "GiB",
-        "first_step_s": "first step s",
+        "first_step_cold_s": "first step s, compiling",
+        "first_step_warm_s": "first step s, warm caches",
     }
+    if "first_step_cold_s" not in shown:  # nothing was compiled
+        names["first_step_warm_s"] = "first step s"
+    if "first_step_cold_s" not in shown:  # nothing was compiled
+        names["first_step_warm_s"] = "first step s"
     return shown.rename(columns=names)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def write_bench(records: Sequence[Mapping[str, Any]], folder: Path, *, title: str) -> list[Path]:
@@ -232,27 +219,22 @@ def write_bench(records: Sequence[Mapping[str, Any]], folder: Path, *, title: st
     if not records:
         raise UserError("there is no benchmark record to draw")
     from flowhn.reporting.bench_figures import length_figure, throughput_figure
+    from flowhn.reporting.goals import goals, readable_goals
 
     frame = bench_table(records)
     folder.mkdir(parents=True, exist_ok=True)
     first = next((record for record in records if record["status"] == "done"), records[0])
-    versions, commit = first["versions"], (first["git"]["commit"] or "unknown")[:7]
+    commits = ", ".join(dict.fromkeys(commit_of(record) for record in records))
     parts = [
         f"# {title}",
-        f"{first['device']['name']}, torch {versions.get('torch')}, commit {commit}. Training steps "
-        "(forward, backward, clipping, AdamW) on uniformly random token ids; the median of the timed windows. ± is half the "
-        "range over all windows. MFU is against the device's dense datasheet peak, the next column against a matrix product "
-        "measured in the same process.",
+        f"{first['device']['name']}, torch {first['versions'].get('torch')}, commit {commits}. Training steps "
+        "(forward, backward, clipping, AdamW) on uniformly random token ids; the median of the timed windows. "
+        f"{how_measured(records)}",
         readable(frame).to_markdown(index=False, disable_numparse=True),
     ]
-    reached = goals(frame)
-    has_goals = first.get("case", "figure4") in _CASES_WITH_GOALS and "H200" in str(first["device"]["name"])
-    if not reached.empty and has_goals:
-        shown = reached.assign(
-            goal=[_short(value) for value in reached.goal], reached=[_short(value) for value in reached.reached],
-            met=["yes" if met else "no" for met in reached.met],
-        )  # fmt: skip
-        parts += ["**Goal and reached**", shown.to_markdown(index=False, disable_numparse=True)]
+    reached = goals(records)
+    if not reached.empty:
+        parts += ["**Goal and reached**", readable_goals(reached).to_markdown(index=False, disable_numparse=True)]
     parts += [_profile_text(record) for record in records if record.get("profile")]
     written = [folder / "table.md", folder / "table.csv"]
     written[0].write_text("\n\n".join(parts) + "\n", encoding="utf-8")

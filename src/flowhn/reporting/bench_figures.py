@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +16,7 @@ from flowhn.reporting import style
 
 _DPI = 200
 _BAR = 0.6  # of a model's place
+_LETTERS = 13  # of a label's line
 _HEADROOM = 1.15  # of the highest value, on both axes
 _POINT = {
     "color": "black",
@@ -35,7 +37,7 @@ def throughput_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
     places = {cell: place for place, cell in enumerate(_cells(frame))}
     names = frame.drop_duplicates("cell").set_index("cell")["model"]
     with matplotlib.rc_context(style.FONT):
-        figure = Figure(figsize=(max(4.5, 0.75 * len(places) + 2), 1.8 * len(sizes) + 1.0), layout="constrained")
+        figure = Figure(figsize=(max(4.5, 0.7 * len(places) + 1.6), 1.8 * len(sizes) + 1.0), layout="constrained")
         panels = figure.subplots(len(sizes), 1, squeeze=False, sharex=True)[:, 0]
         for axis, size in zip(panels, sizes, strict=True):
             part = frame[frame["size"] == size].assign(place=lambda part: part.cell.map(places))
@@ -50,10 +52,7 @@ def throughput_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
             if part.mfu.notna().any():
                 _mfu_points(axis.twinx(), part)
         panels[-1].set_xlim(-0.6, len(places) - 0.4)
-        labels = [
-            names[cell].replace("FlowHN ", "").replace(", ", ",\n").replace(" branch", "\nbranch") for cell in places
-        ]
-        panels[-1].set_xticks(range(len(places)), labels)
+        panels[-1].set_xticks(range(len(places)), [_wrapped(names[cell]) for cell in places])
         handles = [Patch(facecolor="#8C8C8C", label="Tokens/s (bars, left axis)")]
         if frame.mfu.notna().any():
             handles.append(Line2D([], [], label="MFU (points, right axis)", **_POINT))
@@ -64,10 +63,19 @@ def throughput_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
 
 
 def _cells(frame: pd.DataFrame) -> list[str]:
-    """The cells of all sizes: the paper's in its order, then the others as they come."""
+    """All sizes' cells: the paper's in its order, each followed by transformers' model of it, then the others as they come."""
     found = dict.fromkeys(frame["cell"])
-    known = [cell for cell in style.in_order(found) if cell in style.CELLS]
-    return [*known, *(cell for cell in found if cell not in known)]
+    order = []
+    for cell in style.in_order(found):
+        if cell in style.CELLS:
+            order += [name for name in (cell, f"peer_{cell}", f"{cell}_mamba2") if name in found]
+    return [*order, *(cell for cell in found if cell not in order)]
+
+
+def _wrapped(name: str) -> str:
+    """A model's name in lines as narrow as its bar's place."""
+    parts = name.removeprefix("FlowHN ").replace("transformers ", "transformers\n").replace(", ", ",\n").split("\n")
+    return "\n".join(textwrap.fill(part, _LETTERS, break_on_hyphens=False) for part in parts)
 
 
 def _mfu_points(twin: Axes, part: pd.DataFrame) -> None:
@@ -89,8 +97,9 @@ def length_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
     with matplotlib.rc_context(style.FONT):
         figure = Figure(figsize=(5.5, 3.5), layout="constrained")
         axis = figure.subplots()
+        looks = style.looks(frame["cell"])
         for cell, part in frame.groupby("cell", sort=False):
-            ordered, look = part.sort_values("seq_len"), style.look(str(cell))
+            ordered, look = part.sort_values("seq_len"), looks[str(cell)]
             axis.plot(
                 ordered.seq_len, ordered.tps / 1e3, color=look.color, marker=look.marker, linestyle=look.linestyle,
                 label=ordered.model.iloc[0],

@@ -75,7 +75,10 @@ def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame
 
     rows = []
     for row in frame.to_dict("records"):
-        shown = {"row": long_name(row["cell"]), "learning rate": number(row["lr"], "g")}
+        name = long_name(row["cell"])
+        # The id too where it is another word: it is what models= takes.
+        own_name = name if name == row["cell"] or row["cell"] == of or row["cell"] in to else f"{name} ({row['cell']})"
+        shown = {"row": own_name, "learning rate": number(row["lr"], "g")}
         shown |= {"val loss": number(row["val_loss"], ".3f")}
         shown |= {f"gap to {long_name(name)} closed": percent(row[f"closed_{name}"]) for name in to}
         shown |= {"TPS": number(row["tps"], ",.0f"), f"speed beside {long_name(of)}": percent(row["speed"])}

@@ -102,8 +102,8 @@ def pool(records: Iterable[RunRecord], size: str) -> dict[str, Cell]:
     """The finished records of one size by cell, in the paper's order. A record given twice counts once.
 
     Raises:
-        UserError: two different runs claim the same cell and seed, or the seeds of a cell differ in tokens or
-            parameters: pooling them would make a wrong table.
+        UserError: two different runs claim the same cell and seed, or the seeds of a cell differ in tokens,
+            parameters, length or learning rate: pooling them would make a wrong table.
     """
     chosen: dict[tuple[str, int], RunRecord] = {}
     for record in records:
@@ -127,6 +127,13 @@ def pool(records: Iterable[RunRecord], size: str) -> dict[str, Cell]:
                 raise UserError(
                     f"the seeds of {name}, size {size}, differ in {what} ({sorted(values)}); they cannot be pooled"
                 )
+        rates = {record.config.get("lr") for record in mine}
+        if len(rates) > 1:
+            told = ", ".join(f"seed {record.seed}: {record.config.get('lr')}" for record in mine)
+            raise UserError(
+                f"the seeds of {name}, size {size}, were trained at different learning rates ({told}); they cannot be "
+                "pooled: train them again at one rate, or leave one out"
+            )
         cells[name] = Cell(name, size, mine)
     return cells
 

@@ -105,8 +105,9 @@ def _loss_over(
 
 
 def _loss_lines(axes: Axes, lines: Sequence[tuple[Cell, list[float], list[list[float]]]]) -> None:
+    looks = style.looks(cell.cell for cell, _, _ in lines)
     for number, (cell, xs, points) in enumerate(lines):
-        look = style.look(cell.cell)
+        look = looks[cell.cell]
         losses = [point[1] for point in points]
         # Markers start at different points, or ten lines' markers would lie in ten columns on top of each other.
         every = max(1, len(xs) // 8)

@@ -13,6 +13,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
@@ -104,7 +105,7 @@ def write_record(path: Path, record: RunRecord) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def read_record(path: Path) -> RunRecord:
@@ -249,17 +250,14 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself durable; folders cannot be opened on Windows, where the rename is enough."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError:  # some network file systems refuse; the content is already synced
-        pass
-    finally:
-        os.close(handle)
+def sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut. Windows cannot open folders, some network file systems refuse; both do without."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _git() -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import EngFormatter
 
 from flowhn.errors import UserError
 from flowhn.reporting.bench import bench_table, find_bench_records, label
@@ -31,6 +32,10 @@ LENGTH_LIMITS = (
     "Random tokens and a constant number of tokens in a step: cost is measured, not what a longer context teaches."
 )
 _WIDTH, _DPI = 7.0, 200
+_BARS = {"linestyle": "none", "capsize": 2, "elinewidth": 0.7, "capthick": 0.7}
+_BARS = {"linestyle": "none", "capsize": 2, "elinewidth": 0.7, "capthick": 0.7}
+_RISE = 10.0  # %, from which a rate that rises with T is told
+_PLACE = 0.6  # of a size's place that its models take
 _HEADS: dict[str, tuple[str, str]] = {
     "model": ("model", "{}"),
     "size_name": ("size", "{}"),
@@ -101,30 +106,11 @@ def size_table(folder: Path) -> pd.DataFrame:
 
 
 _SIZE_COLUMNS = (
-    "cell",
-    "model",
-    "size",
-    "parameters",
-    "flops_per_token",
-    "seq_len",
-    "device",
-    "batch",
-    "tps",
-    "spread",
-    "mfu",
-)
+    "cell", "model", "size", "parameters", "flops_per_token", "seq_len", "device", "batch", "tps", "spread", "mfu",
+)  # fmt: skip
 _SIZE_SHOWN = (
-    "model",
-    "size_name",
-    "parameters",
-    "flops_per_token",
-    "device",
-    "seq_len",
-    "batch",
-    "tps",
-    "spread",
-    "mfu",
-)
+    "model", "size_name", "parameters", "flops_per_token", "device", "seq_len", "batch", "tps", "spread", "mfu",
+)  # fmt: skip
 
 
 def length_table(folder: Path) -> pd.DataFrame:
@@ -180,40 +166,54 @@ def scale(frame: pd.DataFrame) -> str:
 
 
 def size_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
-    """FLOPs per token, tokens/s and MFU over parameters; open markers: a second device."""
+    """FLOPs per token, tokens/s and MFU by size, the models of a size side by side; open markers: a second device."""
+    sizes, cells = sizes_in_order(frame["size"]), in_order(frame.cell)
+    step = _PLACE / max(1, len(cells) - 1)
+    frame = frame.assign(
+        place=[
+            sizes.index(size) + step * (cells.index(cell) - (len(cells) - 1) / 2)
+            for size, cell in zip(frame["size"], frame.cell, strict=True)
+        ]
+    )
     with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(_WIDTH, 3.6), dpi=_DPI, layout="constrained")
-        axes = figure.subplots(1, 3, sharex=True)
+        figure = Figure(figsize=(_WIDTH, 6.6), dpi=_DPI, layout="constrained")
+        axes = figure.subplots(3, 1, sharex=True)
         devices = list(frame.device.dropna().unique())
         panels = (("flops_per_token", "Training FLOPs per token"), ("tps", "Tokens/s"), ("mfu", "MFU (%)"))
         for axis, (column, text) in zip(axes, panels, strict=True):
             for cell, part in frame.groupby("cell", sort=False):
                 if column == "flops_per_token":
-                    _line(axis, part.drop_duplicates("size"), "parameters", column, str(cell))
+                    _line(axis, part.drop_duplicates("size"), "place", column, str(cell))
                     continue
                 for device, own in part.dropna(subset=[column]).groupby("device", sort=False):
-                    _line(axis, own, "parameters", column, str(cell), is_open=devices.index(device) > 0)
-            axis.set_xscale("log")
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1e9:g}B" if n >= 1e9 else f"{n / 1e6:g}M"))
-            axis.set_xlabel("Parameters")
+                    _line(axis, own, "place", column, str(cell), is_open=devices.index(device) > 0)
             axis.set_ylabel(text)
-            values = frame[column].dropna()
-            if values.empty:
-                axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
-                axis.set_yticks([])
-            elif values.max() > 10 * values.min():
-                axis.set_yscale("log")
-            else:
-                axis.set_ylim(bottom=0)
-            if column != "mfu":
-                axis.yaxis.set_major_formatter(EngFormatter(sep=""))
+            _value_axis(axis, frame[column].dropna(), column)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].set_title("Counted", loc="left", fontsize=8)
+        names = dict(zip(frame["size"], frame.size_name, strict=True))
+        axes[-1].set_xticks(range(len(sizes)), [names[size] for size in sizes])
+        axes[-1].set_xlim(-0.5, len(sizes) - 0.5)
+        axes[-1].set_xlabel("Size (models of a size side by side)")
         if devices:
             told = f"Filled: {devices[0]}" + (f"; open: {', '.join(devices[1:])}" if len(devices) > 1 else "")
-            axes[1].set_title(told, loc="left", fontsize=6.5)
+            axes[1].set_title(told, loc="left", fontsize=8)
         _legend(figure, axes[0])
         return save(figure, path)
+
+
+def _value_axis(axis: Axes, values: pd.Series, column: str) -> None:
+    """Logarithmic where values differ by more than ten times; MFU, a share, always from zero."""
+    if values.empty:
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
+        axis.set_yticks([])
+        return
+    if column != "mfu" and values.max() > 10 * values.min():
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(0, 1.1 * values.max())
+    if column != "mfu":
+        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def length_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
@@ -227,6 +227,10 @@ def length_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
         ):
             for (cell, device), part in frame.groupby(["cell", "device"], sort=False):
                 _line(axis, part, "seq_len", column, str(cell), is_open=devices.index(device) > 0)
+                if column == "tps":
+                    axis.errorbar(
+                        part.seq_len, part.tps, yerr=part.tps * part.spread / 100, **_BARS, color=look(str(cell)).color
+                    )
             lengths = sorted(frame.seq_len.unique())
             axis.set_xscale("log", base=2)
             axis.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
@@ -235,8 +239,8 @@ def length_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure:
             axis.set_ylabel(text)
             axis.spines[["top", "right"]].set_visible(False)
         axes[0].yaxis.set_major_formatter(EngFormatter(sep=""))
-        told = f"Filled: {devices[0]}" + (f"; open: {', '.join(devices[1:])}" if len(devices) > 1 else "")
-        axes[0].set_title(told, loc="left", fontsize=7)
+        told = f"filled: {devices[0]}; open: {', '.join(devices[1:])}" if len(devices) > 1 else devices[0]
+        axes[0].set_title(f"Bars: range of the timed windows ({told})", loc="left", fontsize=7)
         _legend(figure, axes[0])
         return save(figure, path)
 
@@ -280,9 +284,27 @@ def length_answer(frame: pd.DataFrame) -> str:
     own = frame[frame.device == device]
     longest, shortest = own.seq_len.max(), own.seq_len.min()
     last = own[own.seq_len == longest].sort_values("kept", ascending=False)
-    kept = ", ".join(f"{row.model} keeps {row.kept:.0f} %" for row in last.itertuples())
+    first = own.sort_values("seq_len").groupby("cell").spread.first()
+    # Of a ratio: both speeds' half ranges.
+    kept = ", ".join(
+        f"{row.model} keeps {row.kept:.0f} ± {row.kept * (row.spread + first[row.cell]) / 100:.0f} %"
+        for row in last.itertuples()
+    )
     fastest = last.loc[last.tps.idxmax()]
     return (
-        f"From T = {shortest:,} to {longest:,} on {device}, {kept} of its tokens/s. "
-        f"At {longest:,} the fastest is {fastest.model} with {fastest.tps:,.0f} tokens/s."
+        f"From T = {shortest:,} to {longest:,} on {device}, {kept} of its tokens/s (±: the spread of both speeds over their "
+        f"timed windows). At {longest:,} the fastest is {fastest.model} with {fastest.tps:,.0f} tokens/s.{_rise(own)}"
     )
+
+
+def _rise(frame: pd.DataFrame) -> str:
+    """A sentence on the largest rise of a model's rate with T, which nothing in the models explains; else an empty text."""
+    rises = []
+    for _, part in frame.sort_values("seq_len").groupby("cell", sort=False):
+        for a, b in pairwise(part.itertuples()):
+            rise = 100 * (b.tps / a.tps - 1)
+            if rise > max(_RISE, a.spread + b.spread):
+                rises.append((rise, f"{a.model} by {rise:.0f} % from {a.seq_len:,} to {b.seq_len:,}"))
+    if not rises:
+        return ""
+    return f" Rates that rise with T ({max(rises)[1]}) tell that these cells differ by more than their windows show."

@@ -1,14 +1,18 @@
-"""How far a measured speed can be trusted: its spread within runs, between seeds, and between days."""
+"""How far a measured speed can be trusted: its spread within runs, between seeds, and between repeats on other days."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import pandas as pd
+
 from flowhn.errors import UserError
-from flowhn.reporting.bench import find_bench_records
+from flowhn.reporting.bench import commit_of, find_bench_records, label
 from flowhn.reporting.cells import Cell
 
 
@@ -39,31 +43,114 @@ def ratio_band(first: Cell, second: Cell) -> tuple[float, float] | None:
     return slow / (max(b) / second.tps), fast / (min(b) / second.tps)
 
 
-def day_spreads(experiments: Path) -> dict[str, float]:
-    """Device name -> the largest share by which ``flowhn-bench`` timed the same cell faster on one day than on another.
+@dataclass(frozen=True)
+class DaySpread:
+    """The largest share by which the same cell was timed faster in one run than in another.
 
-    From the records below ``experiments/figure4``: same cell, size, length, batch, protocol and number of devices; empty where
-    nothing was timed twice.
+    ``same_code``: both runs had one commit; otherwise no cell was timed twice with one, and a change of the code is in it.
+    """
+
+    share: float
+    same_code: bool
+
+
+def day_spreads(experiments: Path) -> dict[str, DaySpread]:
+    """Device name -> how far ``flowhn-bench`` timed the same cell apart, from the records below ``experiments/figure4``.
+
+    Same cell: also size, length, batch, protocol, overrides and number of devices. From repeats of the same commit where the
+    device has any, else from those of other commits; empty where nothing was timed twice.
 
     Raises:
         UserError: a record is damaged.
     """
-    found: dict[tuple[Any, ...], list[float]] = {}
+    spreads: dict[str, DaySpread] = {}
+    for same_code in (True, False):
+        found: dict[str, float] = {}
+        for key, runs in _timed(experiments, by_commit=same_code).items():
+            speeds = [float(record["tps"]) for _, record in runs]
+            if len(speeds) > 1:
+                found[key[0]] = max(found.get(key[0], 0.0), max(speeds) / min(speeds) - 1)
+        for device, share in found.items():
+            spreads.setdefault(device, DaySpread(share, same_code))
+    return spreads
+
+
+def repeats(experiments: Path) -> pd.DataFrame:
+    """The cells that were timed more than once with the same code: model, size, tokens/s (one for each run), ± % (half the
+    range over the median), commit, when (UTC), folders. Empty where there are none; raises as :func:`day_spreads`."""
+    rows = []
+    for runs in _timed(experiments, by_commit=True).values():
+        if len(runs) < 2:
+            continue
+        speeds, record = [float(one["tps"]) for _, one in runs], runs[0][1]
+        rows.append(
+            {
+                **_named(record),
+                "tokens/s, each run": "; ".join(f"{speed:,.0f}" for speed in speeds),
+                "± %": f"{100 * (max(speeds) - min(speeds)) / 2 / median(speeds):.1f}",
+                "commit": commit_of(record),
+                "when": "; ".join(str(one.get("created", ""))[:16].replace("T", " ") for _, one in runs),
+                "folder": ", ".join(dict.fromkeys(folder for folder, _ in runs)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def other_code(experiments: Path) -> pd.DataFrame:
+    """The same cells with other code: model, size, tokens/s and commit of the newest runs (median), those of each other
+    commit, difference in %. Empty where no cell was timed at two commits; raises as :func:`day_spreads`."""
+    rows = []
+    for runs in _timed(experiments, by_commit=False).values():
+        by: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+        for folder, record in runs:  # oldest first
+            by.setdefault(commit_of(record), []).append((folder, record))
+        *older, newest = by
+        now = median(float(record["tps"]) for _, record in by[newest])
+        for commit in older:
+            then = median(float(record["tps"]) for _, record in by[commit])
+            rows.append(
+                {
+                    **_named(by[newest][-1][1]),
+                    "tokens/s": f"{now:,.0f}",
+                    "commit": newest,
+                    "tokens/s then": f"{then:,.0f}",
+                    "commit then": commit,
+                    "difference %": f"{100 * (now / then - 1):+.1f}",
+                    "folder then": ", ".join(dict.fromkeys(folder for folder, _ in by[commit])),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _named(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model": label(record["cell"]), "size": record["size"], "batch": str(record["batch"])}
+
+
+def _timed(experiments: Path, *, by_commit: bool) -> dict[tuple[Any, ...], list[tuple[str, Mapping[str, Any]]]]:
+    """What is the same (device first, commit last where asked) -> (folder, record) of each run, oldest first.
+
+    With ``by_commit`` runs of an unknown or changed commit are left out: nobody can tell that their code was the same.
+    """
+    found: dict[tuple[Any, ...], list[tuple[str, Mapping[str, Any]]]] = {}
     for folder in sorted((Path(experiments) / "figure4").glob("*/records")):
         for record in find_bench_records(folder):
-            if record["status"] == "done" and not record["peer"]:
-                found.setdefault(_what(record), []).append(float(record["tps"]))
-    spreads: dict[str, float] = {}
-    for (device, *_), speeds in found.items():
-        if len(speeds) > 1:
-            spreads[device] = max(spreads.get(device, 0.0), max(speeds) / min(speeds) - 1)
-    return spreads
+            if record["status"] != "done" or record["peer"]:
+                continue
+            key = _what(record)
+            if by_commit:
+                if commit_of(record) == "unknown" or (record.get("git") or {}).get("dirty"):
+                    continue
+                key += (commit_of(record),)
+            found.setdefault(key, []).append((folder.parent.name, record))
+    for runs in found.values():
+        runs.sort(key=lambda run: str(run[1].get("created", "")))
+    return found
 
 
 def _what(record: Mapping[str, Any]) -> tuple[Any, ...]:
     try:
         device = record["device"]
         same = (record[key] for key in ("cell", "size", "seq_len", "batch", "protocol"))
-        return (device["name"], device.get("count"), *same)
+        return (device["name"], device.get("count"), *same, *(record.get("overrides") or ()))
     except (KeyError, TypeError) as error:
         raise UserError(f"a record of flowhn-bench lacks {error}; delete it and time it again") from error

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +33,7 @@ class Look:
 
 
 _BLACK, _SKY, _GREEN, _ORANGE, _BLUE, _RED = "#000000", "#56B4E9", "#009E73", "#E69F00", "#0072B2", "#D55E00"
+_PURPLE, _GREY, _OLIVE, _WINE = "#CC79A7", "#7F7F7F", "#999933", "#882255"
 _LOOKS = {
     "llama": Look("Llama", _BLACK, "o", "-"),
     "mamba1": Look("Mamba-1", _BLUE, "^", "-"),
@@ -43,9 +45,21 @@ _LOOKS = {
     "flowhn_ae": Look("AE_Split", _RED, "^", (0, (4, 1.5))),
     "flowhn_fa": Look("FA_Split", _RED, "s", (0, (4, 1, 1, 1))),
     "flowhn_fac": Look("FAC_Split", _RED, "*", "-"),
+    "flowhn_fac_mamba2": Look("FAC_Split, Mamba-2 branch", _PURPLE, "p", "-"),
+    # Beyond the paper: variants of FAC_Split, drawn beside No_Split and SHM.
+    "fac_keys": Look("FAC, all keys", _BLUE, "^", "-"),
+    "fac_rope": Look("FAC, RoPE", _ORANGE, "v", "-"),
+    "fac_keys_rope": Look("FAC, all keys, RoPE", _SKY, "o", "-"),
+    "fac_window": Look("FAC, four rings", _OLIVE, "<", (0, (4, 1.5))),
+    "fac_keys_rope_window": Look("FAC, all keys, RoPE, four rings", _BLACK, ">", (0, (4, 1.5))),
+    "fac_keys_rope_cross": Look("FAC, all keys, RoPE, cross fusion", _PURPLE, "P", (0, (4, 1, 1, 1))),
+    "fac_thin": Look("FAC, all keys, RoPE, twice the blocks", _WINE, "X", "-"),
+    "fac_rope_thin": Look("FAC, RoPE, twice the blocks", _WINE, "D", (0, (4, 1.5))),
+    "fac_ratio": Look("FAC, 0.59 to attention", _GREY, "d", (0, (1, 1))),
 }
-_OTHER_COLORS = ("#CC79A7", "#7F7F7F", _SKY)
-_OTHER_MARKERS = ("X", "h", "<", ">", "p", "d")
+_OTHER_COLORS = (_PURPLE, _GREY, _SKY, _OLIVE, _WINE)
+_OTHER_MARKERS = ("X", "h", "<", ">", "p", "d", "8")
+_OTHER_LINES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 # Sizes of a grouped bar chart, light to dark.
 SIZE_ORDER = ("tiny", "135m", "350m", "1b")
 SIZE_COLORS = {"tiny": "#A6A6A6", "135m": _SKY, "350m": _BLUE, "1b": _ORANGE}
@@ -71,12 +85,41 @@ def long_name(cell: str) -> str:
 
 
 def look(cell: str) -> Look:
-    """The look of a cell; cells of one's own get their id as name and a look from its letters, always the same."""
-    if cell in _LOOKS:
-        return _LOOKS[cell]
-    number = sum(cell.encode())
-    color = _OTHER_COLORS[number % len(_OTHER_COLORS)]
-    return Look(cell, color, _OTHER_MARKERS[number % len(_OTHER_MARKERS)], ("-", "--", ":")[number % 3])
+    """The look of a cell; cells of one's own get their id as name and a look from its letters, always the same.
+
+    Two ids of one's own may have one look: a figure of several takes :func:`looks`.
+    """
+    return _LOOKS.get(cell) or _own_look(cell, crc32(cell.encode()) % _N_OWN)
+
+
+_N_OWN = len(_OTHER_COLORS) * len(_OTHER_MARKERS) * len(_OTHER_LINES)
+
+
+def _own_look(cell: str, number: int) -> Look:
+    color, rest = number % len(_OTHER_COLORS), number // len(_OTHER_COLORS)
+    marker, line = rest % len(_OTHER_MARKERS), rest // len(_OTHER_MARKERS)
+    return Look(cell, _OTHER_COLORS[color], _OTHER_MARKERS[marker], _OTHER_LINES[line])
+
+
+def looks(cells: Iterable[str]) -> dict[str, Look]:
+    """The look of each cell of one figure, all different (up to a hundred cells of one's own): where two ids of one's own
+    would have the same, the later one by name takes the next that is free."""
+    found: dict[str, Look] = {}
+    taken: set[tuple[Any, ...]] = set()
+    for cell in in_order(cells):
+        drawn, number = look(cell), crc32(cell.encode()) % _N_OWN
+        for step in range(_N_OWN):
+            if cell in _LOOKS or drawn_as(drawn) not in taken:
+                break
+            drawn = _own_look(cell, (number + step + 1) % _N_OWN)
+        taken.add(drawn_as(drawn))
+        found[cell] = drawn
+    return found
+
+
+def drawn_as(look: Look) -> tuple[Any, ...]:
+    """What a reader tells two curves apart by."""
+    return look.color, look.marker, look.linestyle
 
 
 def in_order(cells: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ from flowhn.reporting.beyond import gap_table
 from flowhn.reporting.rates import rate_table
 from flowhn.reporting.reasons import depth_lines, equal_cost_lines
 from flowhn.reporting.record import RunRecord, find_records
-from flowhn.reporting.speeds import day_spreads
+from flowhn.reporting.speeds import DaySpread, day_spreads
 from flowhn.reporting.style import long_name, size_name
 from flowhn.reporting.tables import DASH, SLIP, table1
 from flowhn.reporting.verdicts import BIASED, BIASED_ALONE, INTERVAL, verdicts
@@ -136,7 +136,7 @@ def _made(records: Sequence[RunRecord], setting: str) -> str:
     )
 
 
-def _verdict_lines(records: Sequence[RunRecord], size: str, days: Mapping[str, float]) -> list[str]:
+def _verdict_lines(records: Sequence[RunRecord], size: str, days: Mapping[str, DaySpread]) -> list[str]:
     frame = verdicts(records, size=size, days=days)
     lines = [f"| claim of the paper | ours | {INTERVAL} | without BoolQ, 95 % | verdict |", "|---|---|---|---|---|"]
     for row in frame.to_dict("records"):
@@ -155,14 +155,20 @@ def _verdict_lines(records: Sequence[RunRecord], size: str, days: Mapping[str, f
     return [*lines, "", *_caution(records, size), *_speed_caution(records, days)]
 
 
-def _speed_caution(records: Sequence[RunRecord], days: Mapping[str, float]) -> list[str]:
+def _speed_caution(records: Sequence[RunRecord], days: Mapping[str, DaySpread]) -> list[str]:
     """What the band of a ratio of speeds is."""
-    told = [f"{name} by up to {100 * days[name]:.1f} %" for name in _devices(records) if name in days]
-    between = (
-        f" Between days one model's speed differs on {', '.join(told)} (experiments/figure4), which counts where it is more."
-        if told
-        else ""
-    )
+    between = ""
+    for name in _devices(records):
+        if name not in days:
+            continue
+        share = f"{100 * days[name].share:.1f} %"
+        between += (
+            f" Repeats of a cell with the same code on {name} differ by up to {share} (experiments/figure4)"
+            if days[name].same_code
+            else f" No cell was timed twice with the same code on {name} yet; with other code one differs by up to {share} "
+            "(experiments/figure4)"
+        )
+        between += ", which counts where it is more."
     return ["", f"Speeds: the spread of both models' speeds within their runs and between seeds.{between}"]
 
 

@@ -8,8 +8,8 @@ Accuracies are compared by their mean over the tasks. Where both models' records
 interval is a paired bootstrap over the questions of each task (95 %, seeds pooled as the mean of their answers);
 otherwise it is the normal one from both standard errors, which ignores the pairing and is wider. Neither covers
 what another seed of the training would change. Speeds are compared by their ratio, with the spread that was measured:
-of both models' speeds within their runs and between their seeds, or between days where that is more
-(:mod:`flowhn.reporting.speeds`).
+of both models' speeds within their runs and between their seeds, or between repeats of one cell on other days where
+that is more (:mod:`flowhn.reporting.speeds`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pandas as pd
 from flowhn.reporting import paper
 from flowhn.reporting.cells import Cell, average_tasks, pool
 from flowhn.reporting.record import RunRecord
-from flowhn.reporting.speeds import ratio_band
+from flowhn.reporting.speeds import DaySpread, ratio_band
 from flowhn.reporting.style import long_name, size_name, sizes_in_order
 
 INTERVAL = "interval (accuracy: 95 %; speed: measured spread)"  # what to call low and high in a table
@@ -85,14 +85,14 @@ CLAIMS = (
 
 
 def verdicts(
-    records: Iterable[RunRecord], *, size: str | None = None, days: Mapping[str, float] | None = None
+    records: Iterable[RunRecord], *, size: str | None = None, days: Mapping[str, DaySpread] | None = None
 ) -> pd.DataFrame:
     """Judge every claim at every size of the records, a row per pair of models.
 
     Args:
         records: run records.
         size: judge this size alone.
-        days: device name -> share by which one cell's speed differs between days (:func:`flowhn.reporting.speeds.day_spreads`).
+        days: device name -> how far one cell's speed differs between repeats (:func:`flowhn.reporting.speeds.day_spreads`).
 
     Columns: ``claim, size, sentence, first, second, quantity`` (average in per cent, tps, mfu in per cent),
     ``ours_first, ours_second``, ``difference`` (points of accuracy, or the ratio for tps and mfu), its ``stderr``,
@@ -117,7 +117,7 @@ def verdicts(
 
 
 def _judge(
-    claim: Claim, second: str, size: str, cells: Mapping[str, Cell], days: Mapping[str, float]
+    claim: Claim, second: str, size: str, cells: Mapping[str, Cell], days: Mapping[str, DaySpread]
 ) -> dict[str, object]:
     row: dict[str, object] = dict.fromkeys(COLUMNS)
     row |= {
@@ -247,7 +247,7 @@ def paired_bootstrap(
     return float(means.std()), float(low), float(high)
 
 
-def _compare_speed(first: Cell, second: Cell, claim: Claim, day: float | None) -> dict[str, object]:
+def _compare_speed(first: Cell, second: Cell, claim: Claim, day: DaySpread | None) -> dict[str, object]:
     a, b = (getattr(cell, claim.quantity) for cell in (first, second))
     if not a or not b:
         return _untestable(f"no {claim.quantity.upper()} on record")
@@ -259,9 +259,14 @@ def _compare_speed(first: Cell, second: Cell, claim: Claim, day: float | None) -
         )
     factors = own or (1.0, 1.0)
     method = "ratio; spread within the runs and between seeds"
-    if day is not None and (1 / (1 + day) < factors[0] or 1 + day > factors[1]):
-        factors = min(factors[0], 1 / (1 + day)), max(factors[1], 1 + day)
-        method = f"ratio; spread {100 * day:.1f} %, by which one model's speed differs between days"
+    if day is not None and (1 / (1 + day.share) < factors[0] or 1 + day.share > factors[1]):
+        factors = min(factors[0], 1 / (1 + day.share)), max(factors[1], 1 + day.share)
+        source = (
+            "one model's speed differs between repeats with the same code"
+            if day.same_code
+            else "one model's speed differs between days with other code (none was repeated with the same)"
+        )
+        method = f"ratio; spread {100 * day.share:.1f} %, by which {source}"
     low, high = ratio * factors[0], ratio * factors[1]
     verdict = "better" if low > 1 else "worse" if high < 1 else "within noise"
     holds = {"better": "yes", "worse": "no"}.get(verdict, "undecided")

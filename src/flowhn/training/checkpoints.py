@@ -26,6 +26,7 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from flowhn.errors import UserError
+from flowhn.reporting.record import sync_folder
 
 STATE_KEY = "flowhn"  # our own part of a checkpoint: step, samples_seen, run_id, random states, ...
 _PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "callbacks")  # of Lightning, that going on needs
@@ -223,16 +224,6 @@ def space_error(path: Path, cause: OSError) -> UserError:
     full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
     what = "no space is left on the disk" if full else cause.strerror or type(cause).__name__
     return UserError(f"{path} cannot be written: {what}; free space or set output_dir= to another disk")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut; Windows cannot open folders and does without."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def write_json_durably(path: Path, content: Mapping[str, Any]) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from flowhn.errors import UserError
-from flowhn.training.checkpoints import STATE_KEY, sha256_of, sync_folder, write_json_durably
+from flowhn.reporting.record import sync_folder
+from flowhn.training.checkpoints import STATE_KEY, sha256_of, write_json_durably
 from flowhn.training.lit_lm import check_same_shapes
 
 REST_NAME = "rest.pt"

@@ -12,6 +12,7 @@ from flowhn.models.kernels import resolve_ssm
 from flowhn.models.mixers.conv import causal_conv, causal_conv_silu
 from flowhn.models.mixers.ssd import ssd_scan
 from flowhn.models.mixers.ssd_cuda import mamba_ssm_ssd
+from flowhn.models.mixers.ssd_triton import LARGEST, triton_ssd
 from flowhn.models.mixers.ssm_init import inverse_softplus_dt, keep
 from flowhn.models.mixers.stepwise import ssd_states, ssd_step
 from flowhn.models.norms import GatedRMSNorm
@@ -35,10 +36,11 @@ class Mamba2(nn.Module):
         expand: E / D.
         headdim: P; must divide E.
         n_groups: G; must divide the number of heads.
-        chunk_size: l of the kernel and of :meth:`flops`; on CPU chunks are at most 64 tokens, with the same result.
+        chunk_size: l of mamba_ssm's kernel and of :meth:`flops`; on CPU and in our Triton kernel chunks are of at most 64
+            tokens, with the same result.
         dt_min, dt_max: range of the initial step sizes, log-uniform.
         norm_eps: of the gated norm.
-        backend: auto, torch or mamba_ssm (see :mod:`flowhn.models.kernels`).
+        backend: auto, torch, mamba_ssm or triton (see :mod:`flowhn.models.kernels`).
 
     Raises:
         UserError: sizes that do not divide each other, or an unknown backend.
@@ -83,14 +85,17 @@ class Mamba2(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
 
     def kernel(self, device_type: str) -> str:
-        """``torch`` or ``mamba_ssm``: what the scan runs on a device type."""
-        return resolve_ssm(self.backend, device_type)
+        """``torch``, ``mamba_ssm`` or ``triton``: what the scan runs on a device type."""
+        return resolve_ssm(self.backend, device_type, has_triton=max(self.headdim, self.d_state) <= LARGEST)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         shared = self.n_groups * self.d_state
         z, xbc, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * shared, self.n_heads), dim=-1)
-        xbc = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, kernel=self.kernel(x.device.type))
+        kernel = self.kernel(x.device.type)
+        xbc = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, kernel=kernel)
+        if kernel == "triton" and xbc.dtype != torch.float64:
+            return self.out_proj(self.norm(self._triton_scan(xbc, dt), z))
         y, B, C = xbc.split((self.d_inner, shared, shared), dim=-1)
         if x.shape[1]:
             y = y.unflatten(-1, (self.n_heads, self.headdim))  # (B, T, H, P)
@@ -98,10 +103,19 @@ class Mamba2(nn.Module):
             y = self._scan(y, dt, B, C).flatten(2)
         return self.out_proj(self.norm(y, z))
 
+    def _triton_scan(self, xbc: Tensor, dt: Tensor) -> Tensor:
+        """As :meth:`_scan`, of x, B and C side by side (B, T, H P + 2 G N); (B, T, H P)."""
+        A = -torch.exp(self.A_log.float())
+        return triton_ssd(xbc, dt, A, self.D, self.dt_bias, n_groups=self.n_groups, d_state=self.d_state)
+
     def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
         """``ssd(x, softplus(dt + dt_bias), A, B, C) + D x``, (B, T, H, P); the plain path in float32 or wider."""
+        kernel = self.kernel(x.device.type)
+        if kernel == "triton" and x.dtype != torch.float64:
+            xbc = torch.cat([part.flatten(2) for part in (x, B, C)], dim=-1)
+            return self._triton_scan(xbc, dt).unflatten(-1, (self.n_heads, self.headdim))
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        if resolve_ssm(self.backend, x.device.type) == "mamba_ssm":
+        if kernel == "mamba_ssm":
             return mamba_ssm_ssd(x, dt, A, B, C, self.D, self.dt_bias, chunk_size=self.chunk_size)
         wide = torch.promote_types(x.dtype, torch.float32)
         chunk = min(self.chunk_size, _CPU_CHUNK) if x.device.type == "cpu" else self.chunk_size

@@ -1,0 +1,221 @@
+"""Mamba-2's state-space duality as Triton kernels of our own, as custom operators torch.compile can trace.
+
+mamba_ssm's kernels compute the same; they try dozens of tilings in each process before the first step, and want x, B and C
+apart, so that their gradients are copied together again for the convolution. These read xbc where the convolution left it
+and write one gradient. :mod:`flowhn.models.mixers.ssd_triton_kernels` says how they work. Sums over chunks, sequences and
+heads are taken by torch and not by atomics: the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut.
+
+    Args:
+        chunk: tokens of a chunk, 16 or more and a power of two; the state before each one is kept for the backward.
+        walk_warps, walk_stages: of the two kernels that walk over the chunks: warps, of 32 threads, and chunks whose loads
+            are under way at a time.
+        output_heads, output_warps, output_stages: of the kernel that makes y: heads of a program, at most (fewer where
+            that does not divide those of a group), warps, and heads whose loads are under way.
+        own_heads, own_warps, own_stages: of the backward's part that each head has for itself.
+        shared_heads, shared_warps, shared_stages: of its part that heads share, which is summed over programs.
+    """
+
+    chunk: int = 64
+    walk_warps: int = 4
+    walk_stages: int = 2
+    output_heads: int = 8
+    output_warps: int = 4
+    output_stages: int = 2
+    own_heads: int = 1
+    own_warps: int = 4
+    own_stages: int = 2
+    shared_heads: int = 8
+    shared_warps: int = 8
+    shared_stages: int = 2
+
+
+DEFAULT_TILES = Tiles()
+LARGEST = 128  # of headdim and d_state: a state of that size fits a program's registers
+
+
+def triton_ssd(
+    xbc: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    *,
+    n_groups: int,
+    d_state: int,
+    tiles: Tiles = DEFAULT_TILES,
+) -> Tensor:
+    """``ssd(x, softplus(dt + dt_bias), A, B, C) + D x``.
+
+    Args:
+        xbc: (B, T, H P + 2 G N), x, B and C side by side, channels adjacent.
+        dt: (B, T, H), in xbc's type or another.
+        A, D, dt_bias: (H,); A negative.
+        n_groups, d_state: G and N.
+        tiles: how the work is cut.
+
+    Returns:
+        (B, T, H P) in xbc's type.
+    """
+    xbc, dt = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (xbc, dt))
+    return kernel_forward(xbc, dt, A.float(), D.float(), dt_bias.float(), n_groups, d_state, astuple(tiles))[0]
+
+
+def _sizes(xbc: Tensor, A: Tensor, n_groups: int, d_state: int) -> tuple[int, int]:
+    """Heads and headdim."""
+    n_heads = A.shape[0]
+    return n_heads, (xbc.shape[2] - 2 * n_groups * d_state) // n_heads
+
+
+def _states_shape(xbc: Tensor, A: Tensor, n_groups: int, d_state: int, chunk: int) -> tuple[int, ...]:
+    n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
+    return xbc.shape[0], n_heads, -(-xbc.shape[1] // chunk), d_state, headdim
+
+
+def _power(number: int) -> int:
+    """The next power of two, at least 16, which a tile of a matrix product has."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def _constants(xbc: Tensor, headdim: int, d_state: int, chunk: int) -> dict[str, object]:
+    """Compile-time arguments of all kernels."""
+    precision = "ieee" if xbc.dtype == torch.float32 else "tf32"  # of no meaning for 16 bits
+    padded = {"PP": _power(headdim), "NP": _power(d_state)}
+    return {"P": headdim, "N": d_state, **padded, "L": chunk, "PRECISION": precision}
+
+
+def _blocks(n_heads: int, n_groups: int, most: int) -> tuple[int, int]:
+    """Blocks of heads, and the heads of one, which divide a group's."""
+    per_group = n_heads // n_groups
+    heads = next(number for number in range(min(most, per_group), 0, -1) if per_group % number == 0)
+    return n_heads // heads, heads
+
+
+@torch.library.custom_op("flowhn::triton_ssd", mutates_args=())
+def kernel_forward(
+    xbc: Tensor, dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, n_groups: int, d_state: int, tiles: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """y (B, T, H P), and the states before each chunk (B, H, chunks, N, P) in xbc's type."""
+    from flowhn.models.mixers.ssd_triton_kernels import ssd_output_kernel, ssd_states_kernel  # needs Triton
+
+    cut = Tiles(*tiles)
+    n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
+    n_batch, n_tokens, _ = xbc.shape
+    y = xbc.new_empty((n_batch, n_tokens, n_heads * headdim))
+    states = xbc.new_empty(_states_shape(xbc, A, n_groups, d_state, cut.chunk))
+    if y.numel():
+        sizes = (n_tokens, n_heads, n_groups, states.shape[2])
+        strides = (*xbc.stride()[:2], *dt.stride()[:2])
+        constants = _constants(xbc, headdim, d_state, cut.chunk)
+        ssd_states_kernel[(n_batch * n_heads,)](
+            xbc, dt, A, dt_bias, states, *sizes, *strides,
+            num_warps=cut.walk_warps, num_stages=cut.walk_stages, **constants,
+        )  # fmt: skip
+        n_blocks, heads = _blocks(n_heads, n_groups, cut.output_heads)
+        ssd_output_kernel[(n_batch * states.shape[2] * n_blocks,)](
+            xbc, dt, A, D, dt_bias, states, y, *sizes, n_blocks, *strides,
+            HEADS=heads, num_warps=cut.output_warps, num_stages=cut.output_stages, **constants,
+        )  # fmt: skip
+    return y, states
+
+
+@torch.library.custom_op("flowhn::triton_ssd_backward", mutates_args=())
+def kernel_backward(
+    dy: Tensor,
+    xbc: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    states: Tensor,
+    n_groups: int,
+    d_state: int,
+    tiles: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of xbc, dt, A, D, dt_bias."""
+    if not dy.numel():
+        return tuple(tensor.new_zeros(tensor.shape) for tensor in (xbc, dt, A, D, dt_bias))
+    from flowhn.models.mixers import ssd_triton_kernels as kernels  # needs Triton
+
+    cut = Tiles(*tiles)
+    n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
+    n_batch, n_tokens, _ = xbc.shape
+    n_chunks = states.shape[2]
+    dy = dy.contiguous()
+    sizes = (n_tokens, n_heads, n_groups, n_chunks)
+    strides = (*xbc.stride()[:2], *dt.stride()[:2])
+    constants = _constants(xbc, headdim, d_state, cut.chunk)
+    d_states = torch.empty_like(states)
+    kernels.ssd_carry_kernel[(n_batch * n_heads,)](
+        dy, xbc, dt, A, dt_bias, d_states, *sizes, *strides,
+        num_warps=cut.walk_warps, num_stages=cut.walk_stages, **constants,
+    )  # fmt: skip
+    d_xbc, d_dt = xbc.new_empty(xbc.shape), dt.new_empty(dt.shape)
+    dA, dD, d_bias = (A.new_empty((n_batch * n_chunks, n_heads)) for _ in range(3))
+    n_blocks, heads = _blocks(n_heads, n_groups, cut.own_heads)
+    kernels.ssd_backward_heads_kernel[(n_batch * n_chunks * n_blocks,)](
+        dy, xbc, dt, A, D, dt_bias, states, d_states, d_xbc, d_dt, dA, dD, d_bias, *sizes, n_blocks, *strides,
+        HEADS=heads, num_warps=cut.own_warps, num_stages=cut.own_stages, **constants,
+    )  # fmt: skip
+    n_blocks, heads = _blocks(n_heads, n_groups, cut.shared_heads)
+    d_bc = A.new_empty((n_blocks // n_groups, n_batch, n_tokens, 2 * n_groups * d_state))
+    kernels.ssd_backward_shared_kernel[(n_batch * n_chunks * n_blocks,)](
+        dy, xbc, dt, A, dt_bias, states, d_states, d_bc, *sizes, n_blocks, *strides,
+        HEADS=heads, num_warps=cut.shared_warps, num_stages=cut.shared_stages, **constants,
+    )  # fmt: skip
+    d_xbc[..., n_heads * headdim :] = d_bc.sum(0)
+    return d_xbc, d_dt, dA.sum(0), dD.sum(0), d_bias.sum(0)
+
+
+@kernel_forward.register_fake
+def _(
+    xbc: Tensor, dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, n_groups: int, d_state: int, tiles: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
+    shape = _states_shape(xbc, A, n_groups, d_state, tiles[0])
+    return xbc.new_empty((*xbc.shape[:2], n_heads * headdim)), xbc.new_empty(shape)
+
+
+@kernel_backward.register_fake
+def _(
+    dy: Tensor,
+    xbc: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    D: Tensor,
+    dt_bias: Tensor,
+    states: Tensor,
+    n_groups: int,
+    d_state: int,
+    tiles: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    d_xbc, d_dt, dA, dD, d_bias = (t.new_empty(t.shape) for t in (xbc, dt, A, D, dt_bias))
+    return d_xbc, d_dt, dA, dD, d_bias
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.n_groups, ctx.d_state, ctx.tiles = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dy: Tensor | None, d_states: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    return *kernel_backward(dy, *ctx.saved_tensors, ctx.n_groups, ctx.d_state, ctx.tiles), None, None, None
+
+
+kernel_forward.register_autograd(_differentiate, setup_context=_save)
