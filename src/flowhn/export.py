@@ -13,7 +13,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,8 @@ def export_run(run: Path, out: Path) -> None:
     partial = out.with_name(f".{out.name}.partial")  # a stopped export leaves no folder that looks whole
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        model.save_pretrained(partial)
+        with _no_code_copied():
+            model.save_pretrained(partial)
         for name, (class_name, module) in _REMOTE_FILES.items():
             text = f'from flowhn.hf.{module} import {class_name}\n\n__all__ = ["{class_name}"]\n'
             (partial / name).write_text(text, encoding="utf-8")
@@ -88,6 +90,22 @@ def export_run(run: Path, out: Path) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(f"OUT_DIR={out} cannot be written ({error}); free some space or give another folder") from error
+
+
+@contextmanager
+def _no_code_copied() -> Iterator[None]:
+    """Once ``from_pretrained`` has loaded an export in this process, transformers would copy the package's files as well."""
+    from flowhn.hf import FlowHNConfig, FlowHNForCausalLM
+
+    classes = (FlowHNConfig, FlowHNForCausalLM)
+    before = [kind._auto_class for kind in classes]
+    try:
+        for kind in classes:
+            kind._auto_class = None
+        yield
+    finally:
+        for kind, value in zip(classes, before, strict=True):
+            kind._auto_class = value
 
 
 def _hugging_face_model(loaded: LoadedRun) -> FlowHNForCausalLM:
@@ -117,8 +135,6 @@ def _hugging_face_model(loaded: LoadedRun) -> FlowHNForCausalLM:
     model.generation_config = GenerationConfig(
         eos_token_id=eos, pad_token_id=config.pad_token_id, do_sample=False, use_cache=True
     )
-    # Once from_pretrained has loaded an export in this process, transformers would copy the package's own files as well.
-    model._auto_class = model.config._auto_class = None
     return model.eval()
 
 
