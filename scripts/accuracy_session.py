@@ -143,6 +143,11 @@ def worker(session: Session, gpu: int, workshop: Any) -> None:
         free_memory()
 
 
+def goes_on(workers: dict[int, Any], gpus: int) -> bool:
+    """Whether a GPU has no worker yet, or one that runs or ended after a failure and has to be started again."""
+    return len(workers) < gpus or any(process.exitcode != 0 for process in workers.values())
+
+
 def choose_gpu(gpu: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
 
@@ -247,7 +252,7 @@ def daemon(args: argparse.Namespace) -> None:
     import flowhn.training  # noqa: F401  (imported once, before the fork)
 
     workers: dict[int, Any] = {}
-    while len(workers) < args.gpus or any(process.is_alive() for process in workers.values()):
+    while goes_on(workers, args.gpus):
         for gpu in range(args.gpus):
             warming = bool(warmers) and warmers[gpu].poll() is None
             old = workers.get(gpu)

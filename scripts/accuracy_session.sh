@@ -39,7 +39,8 @@ if [ ! -f "$work/daemon.pid" ]; then
   mkdir -p "$work/code/experiments" "$work/data"
   cp -r src configs scripts pyproject.toml "$work/code/" || exit 3
   cp -r experiments/table1 experiments/table1_lr "$work/code/experiments/" || exit 3  # which rows and rates are there already
-  cp -r "$data/." "$work/data/" || exit 3
+  if [ -d "$data" ]; then cp -r "$data/." "$work/data/" || exit 3; fi  # a daemon started again may find them from before
+  [ -d "$work/data/text" ] || { echo "$data is not here: carry it in the call that starts the daemon" >&2; exit 3; }
   [ -z "${RECORDS:-}" ] || tar -xzf "$RECORDS" -C "$work" || exit 3
   rm -f "$work/finished"
   export PYTHONPATH="$work/code/src:$site" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1

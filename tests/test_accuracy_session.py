@@ -202,14 +202,14 @@ def test_the_planned_session_follows_its_worth(tmp_path):
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     assert names[:6] == [
-        "seed-flowhn_fac-s0", "seed-flowhn_fac-s1", "seed-shm-s1", "variant-fac_keys_rope-s0", "variant-fac_rope-s0",
-        "variant-fac_keys-s0",
+        "seed-flowhn_fac-s0", "seed-flowhn_fac-s1", "seed-shm-s1", "variant-fac_keys_rope-s0", "variant-fac_thin-s0",
+        "variant-fac_rope_thin-s0",
     ]  # fmt: skip
-    assert names[11:19] == [
+    assert names[12:20] == [
         "long-flowhn_fac-s1", "long-shm-s1", "seed-flowhn_no-s1", "long-flowhn_no-s1", "seed-llama-s1", "long-llama-s1",
         "seed-mamba2-s1", "long-mamba2-s1",
     ]  # fmt: skip
-    assert [job.kind for job in jobs[19:]] == ["probe"] * 3
+    assert [job.kind for job in jobs[20:]] == ["probe"] * 3
     without = accuracy_jobs.plan_jobs(args.tokens, 1, "seed,variant", committed={("flowhn_no", 1)})
     assert "seed-flowhn_no-s1" not in {job.name for job in without}
     one, two = (accuracy_jobs.timetable(jobs, gpus=gpus, seconds=850) for gpus in (1, 2))
@@ -282,8 +282,8 @@ def test_what_is_compiled_first_is_what_runs_first(tmp_path):
         return [job.cell for job in accuracy_session.to_warm(session, gpu)]
 
     second = {"kinds": "seed,variant,probe,long", "extra": ["flowhn_fac:0"], "long_seed": 1}
-    assert cells(0, gpus=1, **second) == ["flowhn_fac", "shm", "fac_keys_rope", "fac_rope"]
-    assert cells(1, gpus=2, **second)[:2] == ["shm", "fac_rope"]
+    assert cells(0, gpus=1, **second) == ["flowhn_fac", "fac_keys_rope", "fac_thin", "fac_rope_thin"]
+    assert cells(1, gpus=2, **second)[:2] == ["fac_keys_rope", "fac_rope_thin"]
     assert cells(0, gpus=1, kinds="lr,table") == ["flowhn_5e-4", "hybrid_5e-4", "mamba_5e-4", "llama_5e-4"]
 
 
@@ -316,3 +316,13 @@ def test_rates_of_an_artefact_hold_for_short_runs_of_their_size_alone(monkeypatc
     assert list(plan_cells(artefact, ["size=tiny", "budget=50000", "models=[shm]", "seeds=[3]"]).wanted) == [
         "shm seed 3"
     ]
+
+
+def test_a_worker_that_failed_is_started_again():
+    """On one GPU the failed worker is the only one: nobody else keeps the session alive."""
+    ended = lambda code: argparse.Namespace(exitcode=code)  # noqa: E731
+    assert accuracy_session.goes_on({}, 1)
+    assert accuracy_session.goes_on({0: ended(None)}, 1)
+    assert accuracy_session.goes_on({0: ended(3)}, 1)
+    assert accuracy_session.goes_on({0: ended(0), 1: ended(3)}, 2)
+    assert not accuracy_session.goes_on({0: ended(0), 1: ended(0)}, 2)

@@ -322,7 +322,14 @@ def test_hymba_meta_tokens_reach_every_logit():
 
 
 @pytest.mark.parametrize(
-    "split", [NoSplit(), AlternatingEqualSplit(), FlopAwareSplit(window=8), FlopAwareCirculatingSplit()]
+    "split",
+    [
+        NoSplit(),
+        AlternatingEqualSplit(),
+        FlopAwareSplit(window=8),
+        FlopAwareCirculatingSplit(),
+        FlopAwareCirculatingSplit(keys="all"),
+    ],
 )
 def test_torch_compile_traces_a_parallel_block_whole(split):
     block = parallel(split, rope=True)

@@ -11,7 +11,7 @@ _STEPS = 3
 # A kernel belongs to the first kind that one of its words occurs in.
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("sdpa", "flash", "fmha", "attention", "compute_dot_do_o")),
-    ("SSM scan", ("selective_scan", "_chunk_", "state_passing")),
+    ("SSM scan", ("selective_scan", "_chunk_", "state_passing", "ssd_")),
     ("loss", ("softmax", "nll_loss", "cross_entropy")),
     ("optimiser", ("adam", "multi_tensor_apply", "lpnorm")),
     ("convolution", ("conv_silu", "causal_conv")),
