@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One call on a GPU machine without a package registry: unpack carried packages, run one phase, pack what came out.
 #   scripts/device_session.sh check                     which kernels run here and whether they are right (flowhn-doctor)
-#   scripts/device_session.sh tests [pytest words]      tests marked gpu, several processes at a time; gpu.json says what was seen
+#   scripts/device_session.sh tests [pytest words]      tests marked gpu, several processes at a time, TEST_SECONDS=420 at most; gpu.json says what was seen
 #   scripts/device_session.sh bench [bench words]       flowhn-bench; goes on from the records of earlier calls
 # Packages: build/site.tar.xz (a site folder), or wheels in .whl and .whl2, unpacked into /tmp/site.
 # RECORDS=FILE.tgz starts from the bench folder that an earlier call packed; COMMIT=... names the code (no .git there).
@@ -60,7 +60,7 @@ print(*(name for name, entry in cells.items() if isinstance(entry, list)), sep="
         [[ $word == tests/* ]] || { word=${word//_and_/ and }; word=${word/#not_/not }; }
         words+=("$word")
       done
-      timeout 420 python3 -m pytest -q -m gpu -p no:cacheprovider --durations=3 "${words[@]}" "$@" >"/tmp/groups/$i.log" 2>&1 &
+      timeout "${TEST_SECONDS:-420}" python3 -m pytest -q -m gpu -p no:cacheprovider --durations=3 "${words[@]}" "$@" >"/tmp/groups/$i.log" 2>&1 &
       pids+=($!)
     done
     for i in "${!pids[@]}"; do
