@@ -94,7 +94,7 @@ def _power(number: int) -> int:
 
 def _constants(xbc: Tensor, headdim: int, d_state: int, chunk: int) -> dict[str, object]:
     """Compile-time arguments of all kernels."""
-    # float32 as three TF32 products, 1e-6 off: exact ones have no tensor core and take a minute to compile. Of no meaning for 16 bits.
+    # float32 as three TF32 products, 1e-6 off: exact ones use no tensor core and compile for a minute. 16 bits do not care.
     precision = "tf32x3" if xbc.dtype == torch.float32 else "tf32"
     padded = {"PP": _power(headdim), "NP": _power(d_state)}
     return {"P": headdim, "N": d_state, **padded, "L": chunk, "PRECISION": precision}
