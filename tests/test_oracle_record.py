@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -99,9 +100,14 @@ def test_cpu_peers_step_the_same_shapes():
 
 
 def test_no_step_on_the_cpu_is_slower_than_transformers():
-    speed = {found["cell"]: found["tps"] for found in find_bench_records(CPU_PEERS)}
+    """By the median over repeats, as the table's goals have it: a single run of Llama lies up to 6 % to either side."""
+    records = find_bench_records(CPU_PEERS)
+
+    def speed(cell: str) -> float:
+        return statistics.median(found["tps"] for found in records if found["cell"] == cell)
+
     for cell in ("llama", "mamba1", "mamba2", "jamba"):
-        assert speed[cell] >= speed[f"peer_{cell}"]
+        assert speed(cell) >= speed(f"peer_{cell}")
 
 
 @pytest.mark.slow
