@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,9 +21,9 @@ from flowhn.models.mixers.scan_triton import (
     triton_forward,
     triton_scan,
 )
+from interpreter import interpret, needs_interpreter
 from recurrences import reference_scan, scan_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
 # Relative to the largest value of each output. bfloat16: outputs are rounded to 8 bits.
 LIMIT = {torch.float32: 3e-5, torch.bfloat16: 1.6e-2}
 SMALL = Tiles(chunk=4, forward_chunk=8, forward_channels=4, backward_channels=8)
@@ -100,18 +95,10 @@ def interpreted_cases():
     assert worst(found, wanted(long_steps, dy)) < LIMIT[torch.float32]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
-    reason="Triton's interpreter needs Triton, which comes with CUDA builds of torch only; with a GPU the gpu tests run",
-)
+@needs_interpreter
 def test_scan_in_the_interpreter():
-    paths = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", "import test_scan_triton; test_scan_triton.interpreted_cases()"],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths}, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("T ") == 8
+    printed = interpret("import test_scan_triton; test_scan_triton.interpreted_cases()")
+    assert printed.count("T ") == 8
 
 
 @pytest.mark.parametrize("backwards", [False, True])

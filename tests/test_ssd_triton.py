@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -16,8 +10,8 @@ from flowhn.models import kernels
 from flowhn.models.mixers import Mamba2, mamba2
 from flowhn.models.mixers.ssd import ssd_scan
 from flowhn.models.mixers.ssd_triton import Tiles, _blocks, _power, kernel_backward, kernel_forward, triton_ssd
+from interpreter import interpret, needs_interpreter
 
-ROOT = Path(__file__).resolve().parents[1]
 # sequences, tokens, heads, headdim, groups, d_state
 SMALL = [
     (2, 37, 4, 16, 1, 16),
@@ -202,14 +196,6 @@ for shape in SMALL:
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
-    reason="Triton's interpreter needs Triton, which comes with CUDA builds of torch only; with a GPU the tests above run",
-)
+@needs_interpreter
 def test_kernels_in_the_interpreter():
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from flowhn.models.mixers.conv import causal_conv, causal_conv_silu
 from flowhn.training.loss import IGNORE, token_loss, training_loss
+from interpreter import interpret, needs_interpreter
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(2, 37, 150, 4), (1, 1, 5, 4), (3, 2, 128, 3), (1, 70, 300, 4)]  # batch, tokens, channels, taps
 
 
@@ -131,14 +125,6 @@ for rows, classes, block in ((7, 1000, 256), (3, 64, 8192), (5, 513, 128)):
 """
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or torch.cuda.is_available(),
-    reason="Triton's interpreter needs Triton, which comes with CUDA builds of torch only; with a GPU the tests above run",
-)
+@needs_interpreter
 def test_kernels_in_the_interpreter():
-    paths = os.pathsep.join([str(ROOT / "tests"), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": paths},
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpret(INTERPRETED)

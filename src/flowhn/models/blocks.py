@@ -9,9 +9,8 @@ Letters: B batch, T tokens, D d_model, n tokens of one branch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +30,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-@dataclass(frozen=True)
-class _AllKeysCost:
+class _AllKeysCost(NamedTuple):  # no dataclass: torch 2.11 loses the fields of one that is made inside a trace
     """FLOPs of n tokens in the attention branch when they see the keys of all earlier ones of a sequence of ``length``.
 
     FAC_Split's window must be equally long in each block, so the dearest place counts: the end of the sequence.
@@ -109,14 +107,7 @@ class ParallelBlock(nn.Module):
 
     def _cost(self, n_tokens: int) -> BranchCost:
         """What the split balances, for a routing of ``n_tokens`` tokens."""
-        attn: Callable[[int], int] = self.attention.flops
-        if self.all_keys and torch.compiler.is_compiling():  # the trace loses the fields of an object made inside it
-            layer, length = self.attention, n_tokens
-
-            def attn(n: int) -> int:
-                return layer.flops(n, queries=((length - n, length),) if n else ())
-        elif self.all_keys:
-            attn = _AllKeysCost(self.attention, n_tokens)
+        attn = _AllKeysCost(self.attention, n_tokens) if self.all_keys else self.attention.flops
         return BranchCost(attn, self.ssm.flops)
 
     def token_split(self, n_tokens: int) -> TokenSplit:
@@ -140,9 +131,8 @@ class ParallelBlock(nn.Module):
 
     def _join(self, x: Tensor, y_attn: Tensor, y_ssm: Tensor, split: TokenSplit) -> Tensor:
         """What follows the branches: (B, T, D) -> (B, T, D)."""
-        x = x + self.fusion(y_attn, y_ssm, split).to(
-            x.dtype
-        )  # a fusion that ends in a norm gives float32 under autocast
+        fused = self.fusion(y_attn, y_ssm, split)
+        x = x + fused.to(x.dtype)  # a fusion that ends in a norm gives float32 under autocast
         return x + self.proj(self.norm(x))
 
     def _side_by_side(self, x: Tensor, split: TokenSplit) -> tuple[Tensor, Tensor]:

@@ -35,6 +35,30 @@ def _row(x, row, n_tokens, stride, channel, within):
 
 
 @triton.jit
+def _four(x, row, n_tokens, stride, channel, within):
+    """x of four tokens from ``row`` on."""
+    return (
+        _row(x, row, n_tokens, stride, channel, within),
+        _row(x, row + 1, n_tokens, stride, channel, within),
+        _row(x, row + 2, n_tokens, stride, channel, within),
+        _row(x, row + 3, n_tokens, stride, channel, within),
+    )
+
+
+@triton.jit
+def _begin(x, w, bias, start, n_tokens, stride, channel, within, K: tl.constexpr):
+    """The four taps, the bias, x of the three tokens before ``start`` and of the four from there on."""
+    w0, w1 = _tap(w, channel, within, 0, K), _tap(w, channel, within, 1, K)
+    w2, w3 = _tap(w, channel, within, 2, K), _tap(w, channel, within, 3, K)
+    offset = tl.load(bias + channel, mask=within, other=0.0)
+    p1 = _row(x, start - 3, n_tokens, stride, channel, within)
+    p2 = _row(x, start - 2, n_tokens, stride, channel, within)
+    p3 = _row(x, start - 1, n_tokens, stride, channel, within)
+    n0, n1, n2, n3 = _four(x, start, n_tokens, stride, channel, within)
+    return w0, w1, w2, w3, offset, p1, p2, p3, n0, n1, n2, n3
+
+
+@triton.jit
 def _silu(a):
     return a * tl.sigmoid(a)
 
@@ -56,23 +80,13 @@ def conv_silu_forward_kernel(
     within = channel < n_channels
     x += batch * stride_b
     y += batch * n_tokens * n_channels
-    w0, w1 = _tap(w, channel, within, 0, K), _tap(w, channel, within, 1, K)
-    w2, w3 = _tap(w, channel, within, 2, K), _tap(w, channel, within, 3, K)
-    offset = tl.load(bias + channel, mask=within, other=0.0)
-    p1 = _row(x, start - 3, n_tokens, stride_t, channel, within)
-    p2 = _row(x, start - 2, n_tokens, stride_t, channel, within)
-    p3 = _row(x, start - 1, n_tokens, stride_t, channel, within)
-    n0 = _row(x, start, n_tokens, stride_t, channel, within)
-    n1 = _row(x, start + 1, n_tokens, stride_t, channel, within)
-    n2 = _row(x, start + 2, n_tokens, stride_t, channel, within)
-    n3 = _row(x, start + 3, n_tokens, stride_t, channel, within)
+    w0, w1, w2, w3, offset, p1, p2, p3, n0, n1, n2, n3 = _begin(
+        x, w, bias, start, n_tokens, stride_t, channel, within, K
+    )
     for row in range(start, tl.minimum(start + LT, n_tokens), 4):
         x0, x1, x2, x3 = n0, n1, n2, n3
         # The next four are asked for before this four's results are written: a load does not pass an earlier store.
-        n0 = _row(x, row + 4, n_tokens, stride_t, channel, within)
-        n1 = _row(x, row + 5, n_tokens, stride_t, channel, within)
-        n2 = _row(x, row + 6, n_tokens, stride_t, channel, within)
-        n3 = _row(x, row + 7, n_tokens, stride_t, channel, within)
+        n0, n1, n2, n3 = _four(x, row + 4, n_tokens, stride_t, channel, within)
         y0 = _silu(offset + w0 * p1 + w1 * p2 + w2 * p3 + w3 * x0)
         y1 = _silu(offset + w0 * p2 + w1 * p3 + w2 * x0 + w3 * x1)
         y2 = _silu(offset + w0 * p3 + w1 * x0 + w2 * x1 + w3 * x2)
@@ -99,20 +113,10 @@ def conv_silu_backward_kernel(
     x += batch * stride_b
     dy += batch * dy_stride_b
     dx += batch * n_tokens * n_channels
-    w0, w1 = _tap(w, channel, within, 0, K), _tap(w, channel, within, 1, K)
-    w2, w3 = _tap(w, channel, within, 2, K), _tap(w, channel, within, 3, K)
-    offset = tl.load(bias + channel, mask=within, other=0.0)
-    p1 = _row(x, start - 3, n_tokens, stride_t, channel, within)
-    p2 = _row(x, start - 2, n_tokens, stride_t, channel, within)
-    p3 = _row(x, start - 1, n_tokens, stride_t, channel, within)
-    n0 = _row(x, start, n_tokens, stride_t, channel, within)
-    n1 = _row(x, start + 1, n_tokens, stride_t, channel, within)
-    n2 = _row(x, start + 2, n_tokens, stride_t, channel, within)
-    n3 = _row(x, start + 3, n_tokens, stride_t, channel, within)
-    g0 = _row(dy, start, n_tokens, dy_stride_t, channel, within)
-    g1 = _row(dy, start + 1, n_tokens, dy_stride_t, channel, within)
-    g2 = _row(dy, start + 2, n_tokens, dy_stride_t, channel, within)
-    g3 = _row(dy, start + 3, n_tokens, dy_stride_t, channel, within)
+    w0, w1, w2, w3, offset, p1, p2, p3, n0, n1, n2, n3 = _begin(
+        x, w, bias, start, n_tokens, stride_t, channel, within, K
+    )
+    g0, g1, g2, g3 = _four(dy, start, n_tokens, dy_stride_t, channel, within)
     q1 = tl.zeros((BE,), dtype=tl.float32)  # da of the three tokens before
     q2 = tl.zeros((BE,), dtype=tl.float32)
     q3 = tl.zeros((BE,), dtype=tl.float32)
@@ -125,14 +129,8 @@ def conv_silu_backward_kernel(
     for row in range(start, start + LT + 4, 4):
         x0, x1, x2, x3 = n0, n1, n2, n3
         y0, y1, y2, y3 = g0, g1, g2, g3
-        n0 = _row(x, row + 4, n_tokens, stride_t, channel, within)
-        n1 = _row(x, row + 5, n_tokens, stride_t, channel, within)
-        n2 = _row(x, row + 6, n_tokens, stride_t, channel, within)
-        n3 = _row(x, row + 7, n_tokens, stride_t, channel, within)
-        g0 = _row(dy, row + 4, n_tokens, dy_stride_t, channel, within)
-        g1 = _row(dy, row + 5, n_tokens, dy_stride_t, channel, within)
-        g2 = _row(dy, row + 6, n_tokens, dy_stride_t, channel, within)
-        g3 = _row(dy, row + 7, n_tokens, dy_stride_t, channel, within)
+        n0, n1, n2, n3 = _four(x, row + 4, n_tokens, stride_t, channel, within)
+        g0, g1, g2, g3 = _four(dy, row + 4, n_tokens, dy_stride_t, channel, within)
         d0 = y0 * _slope(offset + w0 * p1 + w1 * p2 + w2 * p3 + w3 * x0)
         d1 = y1 * _slope(offset + w0 * p2 + w1 * p3 + w2 * x0 + w3 * x1)
         d2 = y2 * _slope(offset + w0 * p3 + w1 * x0 + w2 * x1 + w3 * x2)

@@ -90,33 +90,36 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        z, xbc, dt = self._project(x)
+        xbc = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, kernel=self.kernel(x.device.type))
+        return self.out_proj(self.norm(self._scan(xbc, dt), z))
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """z (B, T, E), xbc (B, T, E + 2 G N) with x, B and C side by side, and dt (B, T, H)."""
+        widths = (self.d_inner, self.d_inner + 2 * self.n_groups * self.d_state, self.n_heads)
+        return self.in_proj(x).split(widths, dim=-1)
+
+    def _parts(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, H, P), B and C (B, T, G, N)."""
         shared = self.n_groups * self.d_state
-        z, xbc, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * shared, self.n_heads), dim=-1)
-        kernel = self.kernel(x.device.type)
-        xbc = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, kernel=kernel)
+        x, B, C = xbc.split((self.d_inner, shared, shared), dim=-1)
+        B, C = (part.unflatten(-1, (self.n_groups, self.d_state)) for part in (B, C))
+        return x.unflatten(-1, (self.n_heads, self.headdim)), B, C
+
+    def _decay_rates(self) -> Tensor:
+        """A, (H,), in float32 or wider."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def _scan(self, xbc: Tensor, dt: Tensor) -> Tensor:
+        """``ssd(x, softplus(dt + dt_bias), A, B, C) + D x``, (B, T, E); the plain path in float32 or wider."""
+        kernel, A = self.kernel(xbc.device.type), self._decay_rates()
         if kernel == "triton" and xbc.dtype != torch.float64:
-            return self.out_proj(self.norm(self._triton_scan(xbc, dt), z))
-        y, B, C = xbc.split((self.d_inner, shared, shared), dim=-1)
-        if x.shape[1]:
-            y = y.unflatten(-1, (self.n_heads, self.headdim))  # (B, T, H, P)
-            B, C = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (B, C))  # (B, T, G, N)
-            y = self._scan(y, dt, B, C).flatten(2)
-        return self.out_proj(self.norm(y, z))
-
-    def _triton_scan(self, xbc: Tensor, dt: Tensor) -> Tensor:
-        """As :meth:`_scan`, of x, B and C side by side (B, T, H P + 2 G N); (B, T, H P)."""
-        A = -torch.exp(self.A_log.float())
-        return triton_ssd(xbc, dt, A, self.D, self.dt_bias, n_groups=self.n_groups, d_state=self.d_state)
-
-    def _scan(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> Tensor:
-        """``ssd(x, softplus(dt + dt_bias), A, B, C) + D x``, (B, T, H, P); the plain path in float32 or wider."""
-        kernel = self.kernel(x.device.type)
-        if kernel == "triton" and x.dtype != torch.float64:
-            xbc = torch.cat([part.flatten(2) for part in (x, B, C)], dim=-1)
-            return self._triton_scan(xbc, dt).unflatten(-1, (self.n_heads, self.headdim))
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+            return triton_ssd(xbc, dt, A, self.D, self.dt_bias, n_groups=self.n_groups, d_state=self.d_state)
+        x, B, C = self._parts(xbc)
+        if not xbc.shape[1]:
+            return x.flatten(2)
         if kernel == "mamba_ssm":
-            return mamba_ssm_ssd(x, dt, A, B, C, self.D, self.dt_bias, chunk_size=self.chunk_size)
+            return mamba_ssm_ssd(x, dt, A, B, C, self.D, self.dt_bias, chunk_size=self.chunk_size).flatten(2)
         wide = torch.promote_types(x.dtype, torch.float32)
         chunk = min(self.chunk_size, _CPU_CHUNK) if x.device.type == "cpu" else self.chunk_size
         # The meta device knows no autocast.
@@ -124,7 +127,7 @@ class Mamba2(nn.Module):
             x_wide, B, C = x.to(wide), B.to(wide), C.to(wide)
             step = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
             y = ssd_scan(x_wide, step, A.to(wide), B, C, chunk_size=chunk)
-            return torch.addcmul(y, x_wide, self.D.to(wide)[:, None]).to(x.dtype)
+            return torch.addcmul(y, x_wide, self.D.to(wide)[:, None]).to(x.dtype).flatten(2)
 
     def new_cache(self) -> SSMState:
         """The state before the first token."""
@@ -132,28 +135,24 @@ class Mamba2(nn.Module):
 
     def extend(self, x: Tensor, state: SSMState) -> Tensor:
         """(B, n, D) -> (B, n, D): n >= 1 new tokens behind those that ``state`` has read; it takes them up."""
-        shared = self.n_groups * self.d_state
-        z, xbc, dt = self.in_proj(x).split((self.d_inner, self.d_inner + 2 * shared, self.n_heads), dim=-1)
+        z, xbc, dt = self._project(x)
         padded = state.keep_tail(xbc, self.d_conv)
         xbc = F.silu(causal_conv(padded, self.conv1d.weight, self.conv1d.bias)[:, self.d_conv - 1 :])
-        y, B, C = xbc.split((self.d_inner, shared, shared), dim=-1)
-        y = y.unflatten(-1, (self.n_heads, self.headdim))  # (B, n, H, P)
-        B, C = (t.unflatten(-1, (self.n_groups, self.d_state)) for t in (B, C))  # (B, n, G, N)
-        return self.out_proj(self.norm(self._scan_on(y, dt, B, C, state).flatten(2), z))
+        return self.out_proj(self.norm(self._scan_on(xbc, dt, state), z))
 
-    def _scan_on(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: SSMState) -> Tensor:
+    def _scan_on(self, xbc: Tensor, dt: Tensor, state: SSMState) -> Tensor:
         """The scan that goes on from ``state``, shapes as in :meth:`_scan`."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        wide = torch.promote_types(xbc.dtype, torch.float32)
+        x, B, C = (part.to(wide) for part in self._parts(xbc))
         step = F.softplus(dt.to(wide) + self.dt_bias.to(wide))
-        inputs = (x.to(wide), step, A.to(wide), B.to(wide), C.to(wide))
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            if x.shape[1] == 1 and state.h is not None:
+        inputs = (x, step, self._decay_rates().to(wide), B, C)
+        with torch.autocast("cpu" if xbc.is_meta else xbc.device.type, enabled=False):
+            if xbc.shape[1] == 1 and state.h is not None:
                 y, state.h = ssd_step(*inputs, state.h)
-                return torch.addcmul(y, inputs[0], self.D.to(wide)[:, None]).to(x.dtype)
-            y = self._scan(x, dt, B, C)
+                return torch.addcmul(y, x, self.D.to(wide)[:, None]).to(xbc.dtype).flatten(2)
+            y = self._scan(xbc, dt)
             added, state.h = ssd_states(*inputs, state.h)
-        return y if added is None else y + added.to(y.dtype)
+        return y if added is None else y + added.to(y.dtype).flatten(2)
 
     def step_flops(self, n_before: int) -> int:
         """FLOPs of one decoded token, the same behind any number of tokens: projections and convolution, 3 E N for the

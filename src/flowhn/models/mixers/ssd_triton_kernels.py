@@ -35,6 +35,20 @@ def _tile(start, row, inside, stride_t, column, width: tl.constexpr):
 
 
 @triton.jit
+def _keys_and_queries(start, row, inside, stride_t, n_groups, group, n, N: tl.constexpr):
+    """B and C of a group, (L, N) each; ``start`` points behind x."""
+    keys = _tile(start + group * N, row, inside, stride_t, n, N)
+    return keys, _tile(start + (n_groups + group) * N, row, inside, stride_t, n, N)
+
+
+@triton.jit
+def _state(states, number, n, p, N: tl.constexpr, P: tl.constexpr):
+    """The state (N, P) of that number among all of (B, H, chunks)."""
+    mask = (n < N)[:, None] & (p < P)[None, :]
+    return tl.load(states + (number * N * P + n[:, None] * P + p[None, :]), mask=mask, other=0.0)
+
+
+@triton.jit
 def _decay(t, cs):
     """exp(cs[t] - cs[s]) for s <= t, else 0. Masked before exp: above the diagonal the exponent is positive and may overflow."""
     return tl.exp(tl.where(t[:, None] >= t[None, :], cs[:, None] - cs[None, :], float("-inf")))
@@ -121,8 +135,7 @@ def ssd_output_kernel(
     row = chunk * L + t
     inside = row < n_tokens
     xbc += batch * stride_b
-    keys = _tile(xbc + width + group * N, row, inside, stride_t, n, N)
-    queries = _tile(xbc + width + (n_groups + group) * N, row, inside, stride_t, n, N)
+    keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
     kind = xbc.dtype.element_ty
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     for number in range(HEADS):
@@ -131,8 +144,8 @@ def ssd_output_kernel(
             dt + batch * dt_stride_b + head, row, inside, dt_stride_t, tl.load(A + head), tl.load(bias + head)
         )
         x = _tile(xbc + head * P, row, inside, stride_t, p, P)
-        place = ((batch * n_heads + head) * n_chunks + chunk) * N * P + n[:, None] * P + p[None, :]
-        h = tl.load(states + place, mask=(n < N)[:, None] & (p < P)[None, :], other=0.0)
+        state = (batch * n_heads + head) * n_chunks + chunk
+        h = _state(states, state, n, p, N, P)
         out = tl.dot(queries, h, input_precision=PRECISION) * tl.exp(cs)[:, None]
         weights = (scores * _decay(t, cs) * step[None, :]).to(kind)
         out += tl.dot(weights, x, input_precision=PRECISION)
@@ -163,11 +176,9 @@ def ssd_backward_heads_kernel(
     row = chunk * L + t
     inside = row < n_tokens
     xbc += batch * stride_b
-    keys = _tile(xbc + width + group * N, row, inside, stride_t, n, N)
-    queries = _tile(xbc + width + (n_groups + group) * N, row, inside, stride_t, n, N)
+    keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
     kind = xbc.dtype.element_ty
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    state_mask = (n < N)[:, None] & (p < P)[None, :]
     for number in range(HEADS):
         head = block * HEADS + number
         rate = tl.load(A + head)
@@ -176,9 +187,9 @@ def ssd_backward_heads_kernel(
         )
         x = _tile(xbc + head * P, row, inside, stride_t, p, P)
         given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
-        place = ((batch * n_heads + head) * n_chunks + chunk) * N * P + n[:, None] * P + p[None, :]
-        h = tl.load(states + place, mask=state_mask, other=0.0)
-        dh = tl.load(d_states + place, mask=state_mask, other=0.0)
+        state = (batch * n_heads + head) * n_chunks + chunk
+        h = _state(states, state, n, p, N, P)
+        dh = _state(d_states, state, n, p, N, P)
         # h' = exp(total) h + sum_s exp(total - cs[s]) step[s] B[s] x[s]^T
         d_total = tl.exp(total) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), axis=1), axis=0)
         dx = tl.dot(keys, dh, input_precision=PRECISION) * tl.exp(total - cs)[:, None]  # of step x, so far
@@ -230,7 +241,6 @@ def ssd_backward_shared_kernel(
     d_scores = tl.zeros((L, L), dtype=tl.float32)
     d_keys = tl.zeros((L, NP), dtype=tl.float32)
     d_queries = tl.zeros((L, NP), dtype=tl.float32)
-    state_mask = (n < N)[:, None] & (p < P)[None, :]
     for number in range(HEADS):
         head = block * HEADS + number
         _, step, cs, total = _steps(
@@ -238,16 +248,15 @@ def ssd_backward_shared_kernel(
         )
         x = _tile(xbc + head * P, row, inside, stride_t, p, P)
         given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
-        place = ((batch * n_heads + head) * n_chunks + chunk) * N * P + n[:, None] * P + p[None, :]
-        h = tl.load(states + place, mask=state_mask, other=0.0)
-        dh = tl.load(d_states + place, mask=state_mask, other=0.0)
+        state = (batch * n_heads + head) * n_chunks + chunk
+        h = _state(states, state, n, p, N, P)
+        dh = _state(d_states, state, n, p, N, P)
         d_scores += tl.dot(given, tl.trans(x), input_precision=PRECISION) * _decay(t, cs) * step[None, :]
         given = (given.to(tl.float32) * tl.exp(cs)[:, None]).to(kind)
         d_queries += tl.dot(given, tl.trans(h), input_precision=PRECISION)
         x = (x.to(tl.float32) * (tl.exp(total - cs) * step)[:, None]).to(kind)
         d_keys += tl.dot(x, tl.trans(dh), input_precision=PRECISION)
-    keys = _tile(xbc + width + group * N, row, inside, stride_t, n, N)
-    queries = _tile(xbc + width + (n_groups + group) * N, row, inside, stride_t, n, N)
+    keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
     d_queries += tl.dot(d_scores.to(kind), keys, input_precision=PRECISION)
     d_keys += tl.dot(tl.trans(d_scores).to(kind), queries, input_precision=PRECISION)
     n_batch = tl.num_programs(0) // n_blocks // n_chunks
