@@ -44,6 +44,7 @@ def campaign(folder: Path, *words: str) -> dict:
     return result
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_five_kills_lose_nothing(tmp_path):
     result = campaign(tmp_path, "--kills", "5", "--warm")
     assert result["kills"] == len(result["list"]) == 5

@@ -115,6 +115,7 @@ def test_launchers_with_processes_of_their_own(launcher, home):
     assert [Path(job.record).is_file() for job in read_jobs(folder)] == [True, True]
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_run_on_several_devices_is_a_command_of_its_own(home):
     """Two processes on the CPU."""
     code, folder = sweep(home, "device=cpu", "trainer.devices=2", "seed=5")
