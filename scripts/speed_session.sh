@@ -35,21 +35,23 @@ if [ -n "${TESTS:-}" ] && [ ! -e "$work/tested" ]; then  # nothing is timed whil
   wait
   grep -E "^==|passed|failed" "$work/tests.out" | tail -n 60
 fi
-# What no session has measured yet comes first; then what has goals, as a repeat on another day.
+# No prepare= where several models do not fit into the memory side by side.
+# What no session has measured yet comes first; then what has goals; then repeats, which tell the spread within a session.
 step bench=length 'bench.seq_lens=[1024,4096,8192,32768]' prepare=4
 # transformers' Mamba needs both for its fast path; without it the comparison would be unfair.
 if need_packages mamba_ssm causal_conv1d; then
   step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1,mamba2,peer_mamba2]' prepare=3
 fi
-step 'sizes=[1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true
+step 'sizes=[1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm]' profile=true
+step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
 step bench=balance 'models=[fac_flops,fac_time]'
-step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true
-step 'sizes=[350m,1b]' 'models=[shm]'
-step repeat=1 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
-step 'sizes=[350m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' prepare=2
-step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]'
-step 'sizes=[350m,1b]' 'models=[jamba,mamba2,flowhn_no,flowhn_ae,flowhn_fa,hymba,mamba1]'
+step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true prepare=3
+step 'sizes=[350m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm]' prepare=2
 step 'sizes=[135m]' 'models=[shm,jamba,mamba1,mamba2,hymba,flowhn_no,flowhn_ae,flowhn_fa]' prepare=2
+step repeat=1 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
+step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]'
+step 'sizes=[350m]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
+step 'sizes=[350m,1b]' 'models=[jamba,mamba2,flowhn_no,flowhn_ae,flowhn_fa,hymba,mamba1]'
 step bench=length prepare=4
 step bench=overlap 'sizes=[135m]' batch=128 profile=true
 step bench=ssd

@@ -30,6 +30,7 @@ from flowhn.training.optim import build_optimizer
 
 _MIN_GAIN = 1.02  # a doubled batch must be that much faster for the search to go on
 _MATMUL = 8192
+_SUSTAINED_SECONDS = 1.5  # long enough for the clock to follow power, as it does in training
 _SEARCH_STEPS = 4
 
 
@@ -52,21 +53,33 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square product of random matrices on this device now, the median of five."""
+def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.0) -> float:
+    """FLOP/s of a large square product of random matrices on this device now, the median of windows of five.
+
+    Args:
+        seconds: how long products run before those that count, and again while they count; 0: two windows before, five that
+            count (50 ms on an H200: a burst, at a higher clock than a device keeps under load).
+    """
     if device.type == "cpu":
         return measured_matmul("bf16" if dtype == torch.bfloat16 else "fp32")
     a, b = (torch.randn(_MATMUL, _MATMUL, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for number in range(7):
+
+    def window() -> float:
         device_synchronize(device)
         begun = time.perf_counter()
         for _ in range(5):
             torch.mm(a, b)
         device_synchronize(device)
-        if number >= 2:
-            seconds.append((time.perf_counter() - begun) / 5)
-    return 2 * _MATMUL**3 / statistics.median(seconds)
+        return (time.perf_counter() - begun) / 5
+
+    def windows(least: int) -> list[float]:
+        found, begun = [], time.perf_counter()
+        while len(found) < least or time.perf_counter() - begun < seconds:
+            found.append(window())
+        return found
+
+    windows(2)
+    return 2 * _MATMUL**3 / statistics.median(windows(5))
 
 
 def _build(spec: Mapping[str, Any], config: Mapping[str, Any], device: torch.device, compiles: bool) -> Step:
@@ -210,7 +223,8 @@ def _figures(
     with torch.device("meta"):
         flops_per_token = 3 * build_model(config).flops(spec["seq_len"]) / spec["seq_len"]
     peak, source = peak_flops(device, compute_dtype(spec["precision"], device.type))
-    rate = matmul_rate(device, torch.bfloat16 if spec["precision"] == "bf16-mixed" else torch.float32)
+    dtype = torch.bfloat16 if spec["precision"] == "bf16-mixed" else torch.float32
+    rate = matmul_rate(device, dtype)
     achieved = flops_per_token * tokens / seconds
     return {
         "parameters": found["parameters"],
@@ -225,6 +239,7 @@ def _figures(
         "peak_source": source,
         "mfu": achieved / peak if peak else None,
         "matmul_flops": rate,
+        "matmul_flops_sustained": matmul_rate(device, dtype, seconds=_SUSTAINED_SECONDS),
         "share_of_matmul": achieved / rate,
     }
 

@@ -47,10 +47,12 @@ def _why(members: Sequence[Mapping[str, Any]], product_flops: Callable[[Mapping[
     rest = [(kind, ms) for kind, ms in profile["kinds"].items() if kind != PRODUCTS][:_SHOWN]
     large = record["matmul_flops"]
     told = ", ".join(f"{kind} {100 * ms / total:.0f} %" for kind, ms in rest)
+    kept = record.get("matmul_flops_sustained")  # not in older records
+    sustained = f" ({kept / 1e12:,.0f} when it runs on and the clock follows power)" if kept else ""
     return (
         f"Of the {total:,.1f} ms of kernels of a profiled step (batch {record['batch']}, T {record['seq_len']:,}), matrix "
         f"products take {100 * products / total:.0f} %. They run at {rate / 1e12:,.0f} TFLOP/s, {100 * rate / large:.0f} % "
-        f"of the {large / 1e12:,.0f} that the large product reached in the same process; alone they would make "
+        f"of the {large / 1e12:,.0f} that the large product reached in the same process{sustained}; alone they would make "
         f"{1e3 * tokens / products:,.0f} tokens/s. The rest: {told}."
     )
 
