@@ -2,6 +2,7 @@
 # Issue 4's timing on a GPU machine that is lent for minutes, what matters most first; goes on from /tmp/bench in the next call.
 #   COMMIT=... scripts/speed_session.sh 540        seconds that this call may take; CUDA_VISIBLE_DEVICES chooses the GPU
 # TESTS=1 runs the GPU tests (gpu.json) while the first cells are compiled. RECORDS=bench.tgz goes on from an earlier machine's file;
+# ONLY='bench=peers|balance' takes the steps whose words match, so that two GPUs (with WORK and OUT of their own) share the list.
 # REPEAT=1 measures again, as records of their own (another day). Needs the packages of scripts/gpu_packages.sh.
 # $OUT/bench.tgz holds records/, to go into experiments/figure4/h200/records (case figure4) or experiments/bench/<case>/records;
 # then scripts/refresh_experiments.py.
@@ -23,7 +24,8 @@ bench() {  # words of flowhn-bench
   timeout "$(left)" "$python" -m flowhn.bench "output_dir=$work" ${COMMIT:+"commit='$COMMIT'"} "repeat=${REPEAT:-0}" \
     steps_per_window=4 cell_timeout_s=300 "$@" 2>&1 | grep -iE "^\[|tokens/s at|prepared|error|memory|failed|timed"
 }
-step() {  # as bench; not begun with less than 25 seconds left
+step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY asks for others
+  [[ "$*" =~ ${ONLY:-.} ]] || return 0
   [ "$(left)" -gt 25 ] || { echo "left out: $*"; return; }
   echo "$(date +%T) $*"
   bench "$@"
@@ -42,7 +44,7 @@ step bench=length 'bench.seq_lens=[1024,4096,8192,32768]' prepare=4
 if need_packages mamba_ssm causal_conv1d; then
   step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1,mamba2,peer_mamba2]' prepare=3
 fi
-step 'sizes=[1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm]' profile=true
+step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,llama,flowhn_fac,shm]' profile=true
 step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
 step bench=balance 'models=[fac_flops,fac_time]'
 step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true prepare=3
