@@ -149,7 +149,9 @@ def goes_on(workers: dict[int, Any], gpus: int) -> bool:
 
 
 def choose_gpu(gpu: int) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    """Give this process the GPU of this number among those that the daemon was given."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[gpu] if given else str(gpu)
 
 
 def to_warm(session: Session, gpu: int) -> list[Job]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -102,8 +101,8 @@ def test_a_cell_is_measured_in_its_own_process_once(tmp_path, capsys, monkeypatc
 
 def test_a_cell_that_dies_is_listed_and_measured_again(tmp_path, capsys, monkeypatch):
     words = [*SMALL, "models=[llama]", f"output_dir={tmp_path}"]
-    dead = subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no kernel image")
-    monkeypatch.setattr("flowhn.bench.subprocess.run", lambda *a, **k: dead)
+    dead = {"status": "failed", "reason": "RuntimeError: no kernel image"}
+    monkeypatch.setattr(bench, "run_cell", lambda spec, timeout: dead)
     monkeypatch.setattr("flowhn.bench.environment", lambda: {"git": {"commit": None, "dirty": None}, "versions": {}})
     assert bench._main(words) == 2
     assert "RuntimeError: no kernel image" in capsys.readouterr().err

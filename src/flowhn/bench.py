@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flowhn.bench_process import run_cell
 from flowhn.cli import run_entry
 from flowhn.config import compose, nearest, to_dict
 from flowhn.errors import UserError
@@ -176,23 +175,10 @@ def spec_name(spec: Mapping[str, Any]) -> str:
 
 
 def _run(spec: Mapping[str, Any], timeout: float) -> dict[str, Any]:
-    """Measure one cell in a process of its own; whatever happens there, a record comes back."""
+    """A cell's record: what was asked, what was found or why not, and where and when."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     base = {**spec, **environment(), "created": created, "device": {"name": None, "type": None}, "tried": []}
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        asked, answer = Path(folder) / "spec.json", Path(folder) / "result.json"
-        asked.write_text(json.dumps(spec), encoding="utf-8")
-        command = [sys.executable, "-m", "flowhn.bench_cell", str(asked), str(answer)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-        except subprocess.TimeoutExpired:
-            return {**base, "status": "timed out", "reason": f"not done after {timeout:.0f} s; raise cell_timeout_s="}
-        if done.returncode == 0:
-            result = json.loads(answer.read_text(encoding="utf-8"))
-            return {**base, **result, "cell_seconds": time.monotonic() - begun}
-    lines = done.stderr.strip().splitlines()
-    return {**base, "status": "failed", "reason": lines[-1] if lines else f"exit code {done.returncode}"}
+    return {**base, **run_cell(spec, timeout)}
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -1,18 +1,15 @@
 """One cell of a benchmark, in a process of its own: build a model, train it on random tokens, time it.
 
-``python -m flowhn.bench_cell SPEC.json RESULT.json``; :mod:`flowhn.bench` writes the first and reads the second.
+:func:`measure` runs in a process that :mod:`flowhn.bench_process` starts.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +27,7 @@ from flowhn.training.optim import build_optimizer
 
 _MIN_GAIN = 1.02  # a doubled batch must be that much faster for the search to go on
 _MATMUL = 8192
-_SUSTAINED_SECONDS = 1.5  # long enough for the clock to follow power, as it does in training
+_SUSTAINED_SECONDS = 0.5  # long enough for the clock to follow power, as it does in training
 _SEARCH_STEPS = 4
 
 
@@ -261,13 +258,3 @@ def _balance(spec: Mapping[str, Any], config: dict[str, Any], hardware: Any) -> 
     )
     set_ratio(config["model"], found.ratio)
     return asdict(found)
-
-
-def main() -> None:
-    """Measure the cell of argv[1] and write argv[2]."""
-    spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    Path(sys.argv[2]).write_text(json.dumps(measure(spec)), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

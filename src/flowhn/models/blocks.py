@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from flowhn.errors import UserError
-from flowhn.models.cache import BlockCache
+from flowhn.models.cache import BlockCache, SSMState
+from flowhn.models.mixers.short_conv import ShortConv
 from flowhn.models.norms import RMSNorm
 from flowhn.models.sequential import Carry, SequentialBlock, SwiGLU
 from flowhn.models.splits.base import BranchCost, Split, TokenSplit
@@ -53,6 +54,8 @@ class ParallelBlock(nn.Module):
         x = x + fusion(a, u)
         x = x + Linear(RMSNorm(x))                D -> D, no bias
 
+    With ``short_conv``, which is not in the paper, ``x = x + silu(conv(RMSNorm(x)))`` comes first.
+
     Both branches are whole pre-norm layers with their own SwiGLU MLP. Figure 1 draws only norm and mixer per branch;
     the published code has the MLPs, and so have we. Attention is told the tokens' positions in the whole sequence,
     which matters only with rotary embeddings (off in the published model).
@@ -67,6 +70,7 @@ class ParallelBlock(nn.Module):
         norm_eps: added to the mean square in the norms.
         overlap: on CUDA, run the branches on two streams, so that the scan, which waits for memory, may run beside the
             products of the attention branch (and so backwards); each branch is then compiled on its own.
+        short_conv: taps of a causal convolution over all tokens in front of the branches; None, as in the paper: none.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class ParallelBlock(nn.Module):
         n_layers: int = 1,
         norm_eps: float = 1e-6,
         overlap: bool = False,
+        short_conv: int | None = None,
     ) -> None:
         super().__init__()
         layer = {"d_model": d_model, "d_ff": d_ff, "layer_idx": layer_idx, "n_layers": n_layers, "norm_eps": norm_eps}
@@ -90,6 +95,10 @@ class ParallelBlock(nn.Module):
         self.layer_idx, self.overlap = layer_idx, overlap
         self.attention = SequentialBlock(mixer=attention, **layer)
         self.ssm = SequentialBlock(mixer=ssm, **layer)
+        self.short_conv = None
+        if short_conv is not None:
+            backend = getattr(self.ssm.mixer, "backend", "auto")
+            self.short_conv = ShortConv(d_model=d_model, taps=short_conv, norm_eps=norm_eps, backend=backend)
         self.split = split
         self.fusion = fusion(d_model=d_model, full=split.full)
         self.norm = RMSNorm(d_model, eps=norm_eps)
@@ -117,6 +126,7 @@ class ParallelBlock(nn.Module):
     def forward(self, x: Tensor, carry: Carry = None) -> tuple[Tensor, Carry]:
         """(B, T, D) -> (B, T, D), carry as it came."""
         split = self.token_split(x.shape[1])
+        x = x if self.short_conv is None else self.short_conv(x)
         if self.overlap and x.is_cuda:
             return self._join(x, *self._side_by_side(x, split), split), carry
         y_attn = self._attend(x, split)
@@ -170,12 +180,14 @@ class ParallelBlock(nn.Module):
                 "(transformers: use_cache=False)"
             )
         self.split.period(window)
-        return BlockCache(self.attention.new_cache(), self.ssm.new_cache(), window=window)
+        tail = None if self.short_conv is None else SSMState()
+        return BlockCache(self.attention.new_cache(), self.ssm.new_cache(), window=window, conv=tail)
 
     def extend(self, x: Tensor, cache: BlockCache, carry: Any = None) -> tuple[Tensor, Any]:
         """(B, n, D) -> (B, n, D): n new tokens behind those in ``cache``; a branch without tokens does not run."""
         start = cache.seen
         split = self._section(start, start + x.shape[1], cache.window)
+        x = x if self.short_conv is None else self.short_conv.extend(x, cache.conv)
         y_attn, y_ssm = split.gather_attn(x), split.gather_ssm(x)
         if self.all_keys:  # also when none of them asks: later tokens will see their keys
             y_attn, _ = self.attention.extend(x, cache.attention, queries=split.attn)
@@ -195,7 +207,7 @@ class ParallelBlock(nn.Module):
     def step_flops(self, n_before: int, *, window: int | None = None) -> int:
         """FLOPs of one decoded token behind ``n_before`` others, those of its branch alone (No_Split: of both)."""
         split = self._section(n_before, n_before + 1, window)
-        flops = self.fusion.flops(1) + 2 * self.proj.weight.numel()
+        flops = self.fusion.flops(1) + 2 * self.proj.weight.numel() + self._conv_flops(1)
         if split.n_attn:
             seen = n_before if self.all_keys else self._section(0, n_before, window).n_attn
             flops += self.attention.step_flops(seen)
@@ -203,9 +215,13 @@ class ParallelBlock(nn.Module):
             flops += self.attention.mixer.key_flops(1)
         return flops + (self.ssm.step_flops(n_before) if split.n_ssm else 0)
 
+    def _conv_flops(self, n_tokens: int) -> int:
+        return 0 if self.short_conv is None else self.short_conv.flops(n_tokens)
+
     def flops(self, n_tokens: int) -> int:
         """Forward FLOPs of one sequence of ``n_tokens``: each branch on its own tokens."""
         split = self.token_split(n_tokens)
         queries = split.attn if self.all_keys else None
         branches = self.attention.flops(split.n_attn, queries=queries) + self.ssm.flops(split.n_ssm)
-        return branches + self.fusion.flops(n_tokens) + 2 * self.proj.weight.numel() * n_tokens
+        both = self.fusion.flops(n_tokens) + 2 * self.proj.weight.numel() * n_tokens
+        return branches + both + self._conv_flops(n_tokens)

@@ -138,23 +138,26 @@ class SSMState:
 class BlockCache:
     """A block with two mixers: FlowHN's branches, or Hymba's heads (whose second layers of a pair own no keys).
 
-    ``seen`` tokens have come by; ``window`` freezes a split's routing that the split itself leaves open.
+    ``seen`` tokens have come by; ``window`` freezes a split's routing that the split itself leaves open; ``conv`` holds the
+    last inputs of a convolution in front of both.
     """
 
     attention: KVCache | None
     ssm: SSMState
     window: int | None = None
     seen: int = 0
+    conv: SSMState | None = None
+
+    def _parts(self) -> list[KVCache | SSMState]:
+        return [part for part in (self.attention, self.ssm, self.conv) if part is not None]
 
     def tensors(self) -> Iterator[Tensor]:
-        if self.attention is not None:
-            yield from self.attention.tensors()
-        yield from self.ssm.tensors()
+        for part in self._parts():
+            yield from part.tensors()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self.attention is not None:
-            self.attention.map(change)
-        self.ssm.map(change)
+        for part in self._parts():
+            part.map(change)
 
 
 @dataclass
