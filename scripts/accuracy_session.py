@@ -154,6 +154,15 @@ def choose_gpu(gpu: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[gpu] if given else str(gpu)
 
 
+def check_gpus(gpus: int) -> None:
+    """Raises UserError where fewer GPUs were given than asked for: their workers could only fail and be started again."""
+    from flowhn.errors import UserError
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given and len(given.split(",")) < gpus:
+        raise UserError(f"--gpus={gpus} is more than CUDA_VISIBLE_DEVICES={given} names; ask for as many as it has")
+
+
 def to_warm(session: Session, gpu: int) -> list[Job]:
     """The first jobs of each model that this session trains, dealt to its GPUs; the learning rate compiles nothing anew."""
     from flowhn.artefacts import cells_at, load_artefact
@@ -216,6 +225,7 @@ def prepare_data(session: Session) -> None:
 
 def daemon(args: argparse.Namespace) -> None:
     """Prepare once, then one process per GPU, forked so that all of them share data, questions and their tokens."""
+    check_gpus(args.gpus)
     session = Session(args)
     session.describe()
     session.say(

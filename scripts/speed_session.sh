@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Issue 4's timing on a GPU machine that is lent for minutes, what matters most first; goes on from /tmp/bench in the next call.
 #   COMMIT=... scripts/speed_session.sh 540        seconds that this call may take; CUDA_VISIBLE_DEVICES chooses the GPU
-# TESTS=1 runs the GPU tests (gpu.json) while the first cells are compiled. RECORDS=bench.tgz goes on from an earlier machine's file;
+# scripts/gpu_session.sh calls it beside training and GPU tests. RECORDS=bench.tgz goes on from an earlier machine's file;
 # ONLY='bench=peers|balance' takes the steps whose words match, so that two GPUs (with WORK and OUT of their own) share the list.
 # REPEAT=1 measures again, as records of their own (another day). Needs the packages of scripts/gpu_packages.sh.
 # $OUT/bench.tgz holds records/, to go into experiments/figure4/h200/records (case figure4) or experiments/bench/<case>/records;
 # then scripts/refresh_experiments.py.
-# Seen on one H200 (2026-11-25): tests and compilation side by side took 340 s and the tests had not ended: better a call of their own. 135m
-# cells 26 s each with profile, 13 to 29 s compiled before, 350m 30 s after 50 s of preparing, 1b cells 37 to 99 s.
+# Seen on one H200 (2026-11-25), when each cell still imported torch for itself: 135m cells 26 s each, 34 to 38 s with a profile, after 13 to
+# 30 s of compiling side by side; 350m 30 s after 50 s; 1b cells 64 (Llama), 104 (Mamba-2 branch) and 114 s (FAC) from nothing, with a profile.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 begun=$(date +%s) limit=${1:?seconds} out=${OUT:-outputs} site=${SITE:-/tmp/site} work=${WORK:-/tmp/bench} python=${PYTHON:-python3}
@@ -30,34 +30,24 @@ step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY a
   echo "$(date +%T) $*"
   bench "$@"
 }
-if [ -n "${TESTS:-}" ] && [ ! -e "$work/tested" ]; then  # nothing is timed while they run
-  touch "$work/tested"
-  (TEST_SECONDS=280 bash scripts/device_session.sh tests >"$work/tests.out" 2>&1; cp "$out/gpu.json" "$out/tests.log" "$work" 2>/dev/null) &
-  bench 'sizes=[135m]' 'models=[flowhn_fac,llama,flowhn_fac_mamba2]' prepare=1 max_minutes=0
-  wait
-  grep -E "^==|passed|failed" "$work/tests.out" | tail -n 60
-fi
-# No prepare= where several models do not fit into the memory side by side.
-# What no session has measured yet comes first; then what has goals; then repeats, which tell the spread within a session.
-step bench=length 'bench.seq_lens=[1024,4096,8192,32768]' prepare=4
-# transformers' Mamba needs both for its fast path; without it the comparison would be unfair.
+# What no session has measured yet comes first, then what belongs into one run, then repeats, which tell the spread within a session.
+# transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair.
 if need_packages mamba_ssm causal_conv1d; then
   step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1,mamba2,peer_mamba2]' prepare=3
 fi
-step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,llama,flowhn_fac,shm]' profile=true
-step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
-step bench=balance 'models=[fac_flops,fac_time]'
 step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true prepare=3
+step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,llama,shm,flowhn_fac]' profile=true
 step 'sizes=[350m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm]' prepare=2
 step 'sizes=[135m]' 'models=[shm,jamba,mamba1,mamba2,hymba,flowhn_no,flowhn_ae,flowhn_fa]' prepare=2
+step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
 step repeat=1 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
 step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]'
 step 'sizes=[350m]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
 step 'sizes=[350m,1b]' 'models=[jamba,mamba2,flowhn_no,flowhn_ae,flowhn_fa,hymba,mamba1]'
+step bench=balance 'models=[fac_flops,fac_time,fac_03,fac_05,fac_07]'
 step bench=length prepare=4
 step bench=overlap 'sizes=[135m]' batch=128 profile=true
 step bench=ssd
 step bench=published
-cp "$work/gpu.json" "$work/tests.log" "$out" 2>/dev/null
 tar -czf "$out/bench.tgz" -C "$work" bench
 echo "$(date +%T) $(left) s left"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ import accuracy_jobs  # noqa: E402
 import accuracy_session  # noqa: E402
 
 from flowhn.artefacts import load_artefact, plan_cells  # noqa: E402
+from flowhn.errors import UserError  # noqa: E402
 from flowhn.reporting.rates import FAMILIES, chosen_rates, rate_table  # noqa: E402
 from flowhn.reporting.record import find_records, write_record  # noqa: E402
 
@@ -202,20 +204,20 @@ def test_the_planned_session_follows_its_worth(tmp_path):
     names = [job.name for job in jobs]
     assert len(set(names)) == len(names)
     assert names[:6] == [
-        "seed-flowhn_fac-s0", "seed-flowhn_fac-s1", "seed-shm-s1", "variant-fac_keys_rope-s0", "variant-fac_thin-s0",
-        "variant-fac_rope_thin-s0",
+        "seed-flowhn_fac-s0", "seed-flowhn_fac-s1", "seed-shm-s1", "variant-fac_keys_rope_conv-s0", "variant-fac_conv-s0",
+        "variant-fac_rope_conv-s0",
     ]  # fmt: skip
-    assert names[12:20] == [
+    assert names[16:24] == [
         "long-flowhn_fac-s1", "long-shm-s1", "seed-flowhn_no-s1", "long-flowhn_no-s1", "seed-llama-s1", "long-llama-s1",
         "seed-mamba2-s1", "long-mamba2-s1",
     ]  # fmt: skip
-    assert [job.kind for job in jobs[20:]] == ["probe"] * 3
+    assert [job.kind for job in jobs[24:]] == ["probe"] * 3
     without = accuracy_jobs.plan_jobs(args.tokens, 1, "seed,variant", committed={("flowhn_no", 1)})
     assert "seed-flowhn_no-s1" not in {job.name for job in without}
-    one, two = (accuracy_jobs.timetable(jobs, gpus=gpus, seconds=850) for gpus in (1, 2))
+    one, two = (accuracy_jobs.timetable(jobs, gpus=gpus, seconds=1000) for gpus in (1, 2))
     assert set(two) == set(names)
-    assert set(names[:12]) <= set(one) < set(names)
-    assert max(one.values()) <= 850
+    assert set(names[:14]) <= set(one) < set(names)
+    assert max(one.values()) <= 1000
 
 
 def test_a_long_job_is_planned_with_its_training_and_does_not_wait_for_what_cannot_come(tmp_path):
@@ -282,8 +284,8 @@ def test_what_is_compiled_first_is_what_runs_first(tmp_path):
         return [job.cell for job in accuracy_session.to_warm(session, gpu)]
 
     second = {"kinds": "seed,variant,probe,long", "extra": ["flowhn_fac:0"], "long_seed": 1}
-    assert cells(0, gpus=1, **second) == ["flowhn_fac", "fac_keys_rope", "fac_thin", "fac_rope_thin"]
-    assert cells(1, gpus=2, **second)[:2] == ["fac_keys_rope", "fac_rope_thin"]
+    assert cells(0, gpus=1, **second) == ["flowhn_fac", "fac_keys_rope_conv", "fac_conv", "fac_rope_conv"]
+    assert cells(1, gpus=2, **second)[:2] == ["fac_keys_rope_conv", "fac_rope_conv"]
     assert cells(0, gpus=1, kinds="lr,table") == ["flowhn_5e-4", "hybrid_5e-4", "mamba_5e-4", "llama_5e-4"]
 
 
@@ -316,6 +318,20 @@ def test_rates_of_an_artefact_hold_for_short_runs_of_their_size_alone(monkeypatc
     assert list(plan_cells(artefact, ["size=tiny", "budget=50000", "models=[shm]", "seeds=[3]"]).wanted) == [
         "shm seed 3"
     ]
+
+
+def test_a_session_keeps_to_the_gpus_it_was_given(monkeypatch):
+    """Beside another program that was given the first GPU of the machine."""
+    for given, number, chosen in (("1", 0, "1"), ("2,5", 1, "5"), (None, 1, "1")):
+        if given is None:
+            monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+        accuracy_session.choose_gpu(number)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+    with pytest.raises(UserError, match=r"--gpus=2.*CUDA_VISIBLE_DEVICES=1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+        accuracy_session.check_gpus(2)
 
 
 def test_a_worker_that_failed_is_started_again():

@@ -55,6 +55,10 @@ _LOOKS = {
     "fac_keys_rope_cross": Look("FAC, all keys, RoPE, cross fusion", _PURPLE, "P", (0, (4, 1, 1, 1))),
     "fac_thin": Look("FAC, all keys, RoPE, twice the blocks", _WINE, "X", "-"),
     "fac_rope_thin": Look("FAC, RoPE, twice the blocks", _WINE, "D", (0, (4, 1.5))),
+    "fac_conv": Look("FAC, short convolution", _GREEN, "h", "-"),
+    "fac_rope_conv": Look("FAC, RoPE, short convolution", _GREEN, "8", (0, (4, 1.5))),
+    "fac_keys_rope_conv": Look("FAC, all keys, RoPE, short convolution", _GREEN, "p", (0, (1, 1))),
+    "flowhn_no_conv": Look("No_Split, short convolution", _RED, "h", (0, (1, 1))),
     "fac_ratio": Look("FAC, 0.59 to attention", _GREY, "d", (0, (1, 1))),
 }
 _OTHER_COLORS = (_PURPLE, _GREY, _SKY, _OLIVE, _WINE)
