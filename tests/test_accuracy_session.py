@@ -329,8 +329,8 @@ def test_a_session_keeps_to_the_gpus_it_was_given(monkeypatch):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
         accuracy_session.choose_gpu(number)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(UserError, match=r"--gpus=2.*CUDA_VISIBLE_DEVICES=1"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
         accuracy_session.check_gpus(2)
 
 
