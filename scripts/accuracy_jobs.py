@@ -53,6 +53,7 @@ VARIANTS = (  # what may reach the goal first
     "fac_keys",
     "fac_window",
     "fac_keys_rope_cross",
+    "fac_bf16_residual",
     "fac_ratio",
 )
 PROBES = ("flowhn_2.5e-4", "flowhn_no_5e-4", "flowhn_no_1e-3")  # rates of table1_lr that only kinds=probe plans

@@ -59,6 +59,7 @@ _LOOKS = {
     "fac_rope_conv": Look("FAC, RoPE, short convolution", _GREEN, "8", (0, (4, 1.5))),
     "fac_keys_rope_conv": Look("FAC, all keys, RoPE, short convolution", _GREEN, "p", (0, (1, 1))),
     "flowhn_no_conv": Look("No_Split, short convolution", _RED, "h", (0, (1, 1))),
+    "fac_bf16_residual": Look("FAC, residual in bf16", _GREY, "8", (0, (4, 1.5))),
     "fac_ratio": Look("FAC, 0.59 to attention", _GREY, "d", (0, (1, 1))),
 }
 _OTHER_COLORS = (_PURPLE, _GREY, _SKY, _OLIVE, _WINE)
