@@ -75,7 +75,7 @@ def test_an_artefact_s_own_tables_are_written(tmp_path):
     )
     write_artefact(variants(), tmp_path, title="T", figures=["loss_vs_time"], tables=["gap"], gap=GAP)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "table.md", "table.csv", "gap.md", "gap.csv", "records", "loss_vs_time.png", "overlap.json",
+        "table.md", "table.csv", "gap.md", "gap.csv", "gap.png", "records", "loss_vs_time.png", "overlap.json",
     }  # fmt: skip
     text = (tmp_path / "table.md").read_text()
     assert "at least one run of 13 words stands in the training text: BoolQ 3 of 200 (1.5 %), ARC-e 0 of 0" in text

@@ -11,6 +11,7 @@ import pandas as pd
 from flowhn.errors import UserError
 from flowhn.reporting import figures as draw
 from flowhn.reporting.beyond import gap_table, readable_gap
+from flowhn.reporting.gap_figure import gap_figure
 from flowhn.reporting.overlap import overlap_notes
 from flowhn.reporting.rates import rate_table
 from flowhn.reporting.record import RunRecord, write_record
@@ -51,7 +52,7 @@ def write_artefact(
             name is removed, so that no picture contradicts the table.
         expected: cells that must have a row even without a record; None takes the paper's ten.
         tables: beside the first: ``verdicts`` on the paper's claims, ``rates`` (learning rates tried), ``gap`` (what
-            variants close).
+            variants close, with ``gap.png``).
         gap: ``{of, to}`` of the last, see :func:`flowhn.reporting.beyond.gap_table`.
         days: how far speeds differ between days, for the verdicts (:func:`flowhn.reporting.speeds.day_spreads`).
 
@@ -106,6 +107,7 @@ def _write_gap(
 ) -> tuple[Path, Path]:
     frame = gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
     shown = readable_gap(frame, of=gap["of"], to=list(gap["to"]))
+    gap_figure(frame, folder / "gap.png", of=gap["of"], to=list(gap["to"]))
     return write_table(shown, folder, title=title, notes=_GAP_NOTES, name="gap", full=frame)
 
 

@@ -33,7 +33,7 @@ class Look:
 
 
 _BLACK, _SKY, _GREEN, _ORANGE, _BLUE, _RED = "#000000", "#56B4E9", "#009E73", "#E69F00", "#0072B2", "#D55E00"
-_PURPLE, _GREY, _OLIVE, _WINE = "#CC79A7", "#7F7F7F", "#999933", "#882255"
+_PURPLE, _GREY, _OLIVE, _WINE, _BROWN = "#CC79A7", "#7F7F7F", "#999933", "#882255", "#8C564B"
 _LOOKS = {
     "llama": Look("Llama", _BLACK, "o", "-"),
     "mamba1": Look("Mamba-1", _BLUE, "^", "-"),
@@ -55,10 +55,13 @@ _LOOKS = {
     "fac_keys_rope_cross": Look("FAC, all keys, RoPE, cross fusion", _PURPLE, "P", (0, (4, 1, 1, 1))),
     "fac_thin": Look("FAC, all keys, RoPE, twice the blocks", _WINE, "X", "-"),
     "fac_rope_thin": Look("FAC, RoPE, twice the blocks", _WINE, "D", (0, (4, 1.5))),
-    "fac_conv": Look("FAC, short convolution", _GREEN, "h", "-"),
-    "fac_rope_conv": Look("FAC, RoPE, short convolution", _GREEN, "8", (0, (4, 1.5))),
-    "fac_keys_rope_conv": Look("FAC, all keys, RoPE, short convolution", _GREEN, "p", (0, (1, 1))),
-    "flowhn_no_conv": Look("No_Split, short convolution", _RED, "h", (0, (1, 1))),
+    "fac_conv": Look("FAC, conv", _GREEN, "h", "-"),
+    "fac_rope_conv": Look("FAC, RoPE, conv", _GREEN, "8", (0, (4, 1.5))),
+    "fac_keys_rope_conv": Look("FAC, all keys, RoPE, conv", _GREEN, "p", (0, (1, 1))),
+    "fac_sum": Look("FAC, sum fusion", _BROWN, "h", (0, (4, 1.5))),
+    "fac_keys_rope_conv_sum": Look("FAC, all keys, RoPE, conv, sum fusion", _BROWN, "P", "-"),
+    "fac_keys_rope_conv_gated": Look("FAC, all keys, RoPE, conv, gated fusion", _BROWN, "X", (0, (1, 1))),
+    "flowhn_no_conv": Look("No_Split, conv", _RED, "h", (0, (1, 1))),
     "fac_bf16_residual": Look("FAC, residual in bf16", _GREY, "8", (0, (4, 1.5))),
     "fac_ratio": Look("FAC, 0.59 to attention", _GREY, "d", (0, (1, 1))),
 }

@@ -1,0 +1,60 @@
+"""Loss over speed of the variants that are to close a gap, with the corner they have to reach."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from flowhn.reporting import style
+from flowhn.reporting.beyond import GOAL, LEAST_SPEED
+
+
+def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: list[str]) -> Figure | None:
+    """Validation loss over the share of the speed of ``of``, one marker for each row of a gap table.
+
+    Shaded: at least half of the gap to the first of ``to`` closed, at no less than 90 % of the speed.
+
+    Args:
+        frame: as :func:`flowhn.reporting.beyond.gap_table` gives it.
+        path: where to write it; None writes nothing.
+
+    Returns:
+        The figure; None where no row has both numbers.
+    """
+    frame = frame.dropna(subset=["val_loss", "speed"]).sort_values("val_loss", ascending=False)
+    if frame.empty:
+        return None
+    looks = style.looks(frame["cell"])
+    losses = frame.set_index("cell")["val_loss"]
+    with matplotlib.rc_context(style.FONT):
+        figure = Figure(figsize=(style.WIDTH, 3.9), dpi=style.DPI, layout="constrained")
+        axes = figure.subplots()
+        for row in frame.itertuples():
+            look, own = looks[row.cell], row.cell == of or row.cell in to
+            axes.plot(
+                [100 * row.speed], [row.val_loss], look.marker, color=look.color, markersize=9 if own else 6,
+                markeredgecolor="black" if own else look.color, markeredgewidth=0.8, linestyle="none",
+                label=f"{style.long_name(row.cell)}  {row.val_loss:.3f}",
+            )  # fmt: skip
+        axes.margins(0.06)
+        if of in losses and to[0] in losses and losses[of] > losses[to[0]]:
+            goal = losses[of] - GOAL * (losses[of] - losses[to[0]])
+            (left, right), (low, _) = axes.get_xlim(), axes.get_ylim()
+            axes.set_xlim(min(left, 100 * LEAST_SPEED - 5), right)
+            corner = (100 * LEAST_SPEED, low)
+            axes.add_patch(Rectangle(corner, right - corner[0], goal - low, color="#009E73", alpha=0.12, linewidth=0))
+            axes.annotate(
+                f"half the gap to {style.long_name(to[0])},\n{100 * LEAST_SPEED:.0f} % of the speed", corner, xytext=(4, 4),
+                textcoords="offset points", fontsize=7, color="#006B4E", va="bottom",
+            )  # fmt: skip
+        axes.set_xlabel(f"Tokens/s, % of {style.long_name(of)}'s")
+        axes.set_ylabel("Validation loss (nats per token)")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(
+            loc="outside right center", frameon=False, title="Row, final loss", title_fontsize=7.5, fontsize=6.5
+        )
+        return style.save(figure, path)
