@@ -42,6 +42,7 @@ LONGEST_FIRST = (
 )
 VARIANTS = (  # what may reach the goal, and what its parts do alone
     "fac_keys_rope_conv_sum",
+    "fac_rope_conv_sum",
     "fac_keys_rope_conv",
     "fac_keys_rope_conv_gated",
     "fac_conv",

@@ -30,6 +30,8 @@ def pack(args: argparse.Namespace) -> None:
     paths += [*sorted(work.glob("error-*.txt")), *work.glob(ABOUT)]
     with tarfile.open(args.out, "w:gz") as archive:
         for path in paths:
+            if not path.exists():  # the daemon trains that row again
+                continue
             if path.name == "record.json" and args.commit:
                 record = read_record(path)
                 if record.git.get("commit") is None:

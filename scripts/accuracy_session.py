@@ -29,6 +29,7 @@ from accuracy_keep import keep, pack
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG_RESULT = "eval-long_context.json"
+GIVEN = "FLOWHN_SESSION_GPUS"  # CUDA_VISIBLE_DEVICES as the daemon was started with it
 WARM_AT_MOST = 4  # models that a GPU compiles while the data are prepared: its jobs wait for that
 
 
@@ -149,8 +150,8 @@ def goes_on(workers: dict[int, Any], gpus: int) -> bool:
 
 
 def choose_gpu(gpu: int) -> None:
-    """Give this process the GPU of this number among those that the daemon was given."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    """Give this process the GPU of this number among those that the daemon was given, however often it is asked."""
+    given = os.environ.setdefault(GIVEN, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     os.environ["CUDA_VISIBLE_DEVICES"] = given.split(",")[gpu] if given else str(gpu)
 
 
@@ -253,7 +254,7 @@ def daemon(args: argparse.Namespace) -> None:
     data.join()
     (session.work / "prepared").touch()
     if data.exitcode:
-        session.say("the data could not be prepared; see daemon.out")
+        session.say("the data could not be prepared; see daemon.log")
         raise SystemExit(1)
     prepared = workshop.prepare(session.run_of(session.jobs[0]).config)
     if config is not None:

@@ -206,20 +206,20 @@ def test_the_planned_session_follows_its_worth(tmp_path):
     assert len(set(names)) == len(names)
     assert names[:5] == [
         "seed-flowhn_fac-s0", "seed-flowhn_fac-s1", "seed-shm-s1",
-        "variant-fac_keys_rope_conv_sum-s0", "variant-fac_keys_rope_conv-s0",
+        "variant-fac_keys_rope_conv_sum-s0", "variant-fac_rope_conv_sum-s0",
     ]  # fmt: skip
-    assert names[13:21] == [
+    assert names[14:22] == [
         "long-flowhn_fac-s1", "long-shm-s1", "seed-flowhn_no-s1", "long-flowhn_no-s1", "seed-llama-s1", "long-llama-s1",
         "seed-mamba2-s1", "long-mamba2-s1",
     ]  # fmt: skip
-    assert names[21:23] == ["variant-fac_thin-s0", "variant-fac_keys_rope_window-s0"]
-    assert [job.kind for job in jobs[28:]] == ["probe"] * 3
+    assert names[22:24] == ["variant-fac_thin-s0", "variant-fac_keys_rope_window-s0"]
+    assert [job.kind for job in jobs[29:]] == ["probe"] * 3
     without = accuracy_jobs.plan_jobs(args.tokens, 1, "seed,variant", committed={("flowhn_no", 1)})
     assert "seed-flowhn_no-s1" not in {job.name for job in without}
-    one, two = (accuracy_jobs.timetable(jobs, gpus=gpus, seconds=1150) for gpus in (1, 2))
+    one, two = (accuracy_jobs.timetable(jobs, gpus=gpus, seconds=1250) for gpus in (1, 2))
     assert set(two) == set(names)
     assert set(names[:14]) <= set(one) < set(names)
-    assert max(one.values()) <= 1150
+    assert max(one.values()) <= 1250
 
 
 def test_a_long_job_is_planned_with_its_training_and_does_not_wait_for_what_cannot_come(tmp_path):
@@ -289,10 +289,10 @@ def test_what_is_compiled_first_is_what_runs_first(tmp_path):
     assert cells(0, gpus=1, **second) == [
         "flowhn_fac",
         "fac_keys_rope_conv_sum",
+        "fac_rope_conv_sum",
         "fac_keys_rope_conv",
-        "fac_keys_rope_conv_gated",
     ]
-    assert cells(1, gpus=2, **second)[:2] == ["fac_keys_rope_conv_sum", "fac_keys_rope_conv_gated"]
+    assert cells(1, gpus=2, **second)[:2] == ["fac_keys_rope_conv_sum", "fac_keys_rope_conv"]
     assert cells(0, gpus=1, kinds="lr,table") == ["flowhn_5e-4", "hybrid_5e-4", "mamba_5e-4", "llama_5e-4"]
 
 
@@ -334,8 +334,11 @@ def test_a_session_keeps_to_the_gpus_it_was_given(monkeypatch):
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         else:
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
-        accuracy_session.choose_gpu(number)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+        monkeypatch.setenv(accuracy_session.GIVEN, "")  # what is set below goes with the test
+        monkeypatch.delenv(accuracy_session.GIVEN)
+        for _ in range(2):  # a worker that begins again in a fresh interpreter asks twice
+            accuracy_session.choose_gpu(number)
+            assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     with pytest.raises(UserError, match=r"--gpus=2.*CUDA_VISIBLE_DEVICES=1"):
         accuracy_session.check_gpus(2)

@@ -337,7 +337,7 @@ def test_why_a_goal_is_missed_comes_from_the_profile():
     assert "products take 60 %" in line
     assert "711 TFLOP/s, 90 % of the 790 that the large product reached in the same process;" in line
     kept = [{**record, "matmul_flops_sustained": 7.2e14} for record in records]
-    assert "in the same process (720 when it runs on" in missed_lines(kept, lambda record: per_token)[0]
+    assert "in the same process (720 when it runs on for a second" in missed_lines(kept, lambda record: per_token)[0]
     assert "SSM scan 25 %, loss 15 %" in line
     assert missed_lines([fake("flowhn_fac", 1_100_000, profile=profile)], lambda record: 1.0) == []
     assert "Nothing was profiled" in missed_lines([fake("flowhn_fac", 1.0)], lambda record: 1.0)[0]

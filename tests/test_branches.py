@@ -70,6 +70,20 @@ def test_sizes_and_gradients_are_those_of_a_computation_by_hand(split):
         assert found["blocks"][0]["similarity"]["runs_in_model"]
 
 
+def test_behind_a_short_convolution_its_output_is_what_the_branches_get():
+    model, (ids, labels) = small_model("split=fac", "model.blocks.parallel.short_conv=4"), batch()
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.short_conv.conv1d.weight)
+    came: list[torch.Tensor] = []
+    for layer in model.layers:
+        layer.ssm.register_forward_pre_hook(lambda module, args: came.append(args[0].detach()))
+    blocks = measure_branches(model, ids, labels)["blocks"]
+    for entry, x in zip(
+        blocks, came, strict=False
+    ):  # the first calls are the model's own, later ones compare all tokens
+        assert entry["ssm"]["input_rms"] == pytest.approx(x.square().mean().sqrt().item(), rel=1e-5)
+
+
 def test_parameter_gradients_are_the_branchs_own_and_none_are_left_behind():
     model, (ids, labels) = small_model("split=ae"), batch()
     found = measure_branches(model, ids, labels)

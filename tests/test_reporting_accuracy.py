@@ -45,6 +45,11 @@ def test_share_of_the_gap_and_of_the_speed():
     shown = readable_gap(frame.reset_index(), **GAP).set_index("row")
     assert shown.loc["fac_a", "half the gap at 90 % of the speed"] == "yes"
     assert shown.loc["fac_b", "half the gap at 90 % of the speed"] == "no"
+    reached = [*variants(), fake("flowhn_no_conv", loss=4.4, tps=950.0)]
+    shown = readable_gap(gap_table(reached, size="135m", **GAP), **GAP)
+    assert (
+        shown["half the gap at 90 % of the speed"].value_counts()[""] == 4
+    )  # No_Split's variant is none of FAC_Split's
 
 
 def test_no_gap_is_no_share():

@@ -27,7 +27,7 @@ from flowhn.training.optim import build_optimizer
 
 _MIN_GAIN = 1.02  # a doubled batch must be that much faster for the search to go on
 _MATMUL = 8192
-_SUSTAINED_SECONDS = 0.5  # long enough for the clock to follow power, as it does in training
+_SUSTAINED_SECONDS = 0.5  # a product that runs on is slower than a burst on an H200, as training's are
 _SEARCH_STEPS = 4
 
 
@@ -51,11 +51,11 @@ class Step:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, *, seconds: float = 0.0) -> float:
-    """FLOP/s of a large square product of random matrices on this device now, the median of windows of five.
+    """FLOP/s of a large square product of random matrices on this device now, the median of windows of five (CPU: the best).
 
     Args:
         seconds: how long products run before those that count, and again while they count; 0: two windows before, five that
-            count (50 ms on an H200: a burst, at a higher clock than a device keeps under load).
+            count (50 ms on an H200: a burst). Of no meaning on a CPU.
     """
     if device.type == "cpu":
         return measured_matmul("bf16" if dtype == torch.bfloat16 else "fp32")
@@ -221,7 +221,7 @@ def _figures(
         flops_per_token = 3 * build_model(config).flops(spec["seq_len"]) / spec["seq_len"]
     peak, source = peak_flops(device, compute_dtype(spec["precision"], device.type))
     dtype = torch.bfloat16 if spec["precision"] == "bf16-mixed" else torch.float32
-    rate = matmul_rate(device, dtype)
+    rate, on_cpu = matmul_rate(device, dtype), device.type == "cpu"
     achieved = flops_per_token * tokens / seconds
     return {
         "parameters": found["parameters"],
@@ -236,7 +236,7 @@ def _figures(
         "peak_source": source,
         "mfu": achieved / peak if peak else None,
         "matmul_flops": rate,
-        "matmul_flops_sustained": matmul_rate(device, dtype, seconds=_SUSTAINED_SECONDS),
+        "matmul_flops_sustained": None if on_cpu else matmul_rate(device, dtype, seconds=_SUSTAINED_SECONDS),
         "share_of_matmul": achieved / rate,
     }
 

@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -22,32 +23,35 @@ from typing import Any
 import psutil
 
 _PRELOADED = ["flowhn.bench_cell", "torch._dynamo"]  # not the compiler itself, which starts workers when it is imported
+FORKED, FRESH = "forkserver", "spawn"
 
 
 @cache
-def _context() -> BaseContext:
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
+def _context(method: str) -> BaseContext:
+    context = multiprocessing.get_context(method)
+    if method == FORKED:
+        # Asking whether there is a GPU must not start CUDA in the server: its children could not use it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        context.set_forkserver_preload(_PRELOADED)
     return context
 
 
-def run_cell(spec: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+def run_cell(spec: Mapping[str, Any], timeout: float, *, method: str | None = None) -> dict[str, Any]:
     """What :func:`flowhn.bench_cell.measure` finds, and ``cell_seconds``; whatever happens there, an answer comes back.
 
     Args:
         spec: the cell, as :func:`flowhn.bench.plan` gives it.
         timeout: seconds, after which the process and all that it started are killed.
+        method: how the process begins; None: forked on Linux, and from nothing where a forked one cannot use the GPU.
 
     Returns:
         The measured part of the record, or ``status`` ("failed", "timed out") and ``reason``, the last line of what the
         process wrote.
     """
-    begun = time.monotonic()
+    begun, chosen = time.monotonic(), method or (FORKED if sys.platform == "linux" else FRESH)
     with tempfile.TemporaryDirectory() as folder:
         answer, log = Path(folder) / "result.json", Path(folder) / "log"
-        process = _context().Process(target=_measure, args=(dict(spec), str(answer), str(log)))
+        process = _context(chosen).Process(target=_measure, args=(dict(spec), str(answer), str(log)))
         process.start()
         try:
             process.join(timeout)
@@ -58,10 +62,17 @@ def run_cell(spec: Mapping[str, Any], timeout: float) -> dict[str, Any]:
                 process.join()
         if late:
             return {"status": "timed out", "reason": f"not done after {timeout:.0f} s; raise cell_timeout_s="}
-        if process.exitcode == 0:
+        # The answer and not the exit code: where several threads start processes, one may read another's code first.
+        if answer.is_file():
             return {**json.loads(answer.read_text(encoding="utf-8")), "cell_seconds": time.monotonic() - begun}
+        if chosen == FORKED and method is None and process.exitcode == _CANNOT_USE_DEVICE:
+            return run_cell(spec, timeout, method=FRESH)
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-        return {"status": "failed", "reason": lines[-1] if lines else f"exit code {process.exitcode}"}
+        hint = 'a script that starts a benchmark needs if __name__ == "__main__":'
+        return {"status": "failed", "reason": lines[-1] if lines else f"exit code {process.exitcode}; {hint}"}
+
+
+_CANNOT_USE_DEVICE = 113
 
 
 def _kill(pid: int) -> None:
@@ -73,11 +84,26 @@ def _kill(pid: int) -> None:
                 own.kill()
 
 
+def _end_with_parent() -> None:
+    """End this process, and what it started, when the benchmark is gone: it would keep the device from others."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        _kill(os.getpid())
+
+
 def _measure(spec: dict[str, Any], answer: str, log: str) -> None:
     """In the cell's process: both outputs into ``log``, what was found into ``answer``."""
     with open(log, "w", encoding="utf-8") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import torch
+
+    if torch.cuda._is_in_bad_fork():
+        os._exit(_CANNOT_USE_DEVICE)
     from flowhn.bench_cell import measure
 
-    Path(answer).write_text(json.dumps(measure(spec)), encoding="utf-8")
+    partial = Path(f"{answer}.partial")
+    partial.write_text(json.dumps(measure(spec)), encoding="utf-8")
+    partial.replace(answer)

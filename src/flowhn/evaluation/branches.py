@@ -49,7 +49,9 @@ def measure_branches(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dic
     if not blocks:
         raise UserError("there are no two branches to measure: the model has no parallel block; choose a FlowHN model")
     outputs: dict[nn.Module, Tensor] = {}  # of each branch
-    inputs: dict[nn.Module, Tensor] = {}  # of each block
+    inputs: dict[
+        nn.Module, Tensor
+    ] = {}  # of each block's branches: the block's own, or what its short convolution makes of it
 
     def keep_output(module: nn.Module, args: Any, output: tuple[Tensor, Any]) -> None:
         output[0].retain_grad()
@@ -58,7 +60,14 @@ def measure_branches(model: nn.Module, input_ids: Tensor, labels: Tensor) -> dic
     def keep_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         inputs[module] = args[0].detach()
 
+    def keep_convolved(block: nn.Module) -> Any:
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            inputs[block] = output.detach()
+
+        return keep
+
     handles = [block.register_forward_pre_hook(keep_input) for block in blocks]
+    handles += [b.short_conv.register_forward_hook(keep_convolved(b)) for b in blocks if b.short_conv is not None]
     handles += [getattr(block, name).register_forward_hook(keep_output) for block in blocks for name in BRANCHES]
     model.zero_grad(set_to_none=True)
     try:

@@ -48,7 +48,7 @@ def _why(members: Sequence[Mapping[str, Any]], product_flops: Callable[[Mapping[
     large = record["matmul_flops"]
     told = ", ".join(f"{kind} {100 * ms / total:.0f} %" for kind, ms in rest)
     kept = record.get("matmul_flops_sustained")  # not in older records
-    sustained = f" ({kept / 1e12:,.0f} when it runs on and the clock follows power)" if kept else ""
+    sustained = f" ({kept / 1e12:,.0f} when it runs on for a second)" if kept else ""
     return (
         f"Of the {total:,.1f} ms of kernels of a profiled step (batch {record['batch']}, T {record['seq_len']:,}), matrix "
         f"products take {100 * products / total:.0f} %. They run at {rate / 1e12:,.0f} TFLOP/s, {100 * rate / large:.0f} % "
