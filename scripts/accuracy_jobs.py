@@ -50,6 +50,7 @@ VARIANTS = (  # what may reach the goal, and what its parts do alone
     "fac_rope_conv",
     "fac_keys_rope",
     "flowhn_no_conv",
+    "flowhn_no_sum",
     "fac_rope",
     "fac_keys",
 )
