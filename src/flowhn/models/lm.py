@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowhn.errors import UserError
 from flowhn.models.cache import ModelCache
-from flowhn.models.norms import RMSNorm
+from flowhn.models.norms import RMSNorm, to_autocast
 
 INIT_STD = 0.02  # standard deviation of linear and embedding weights, as in the published code and in Llama
 
@@ -93,10 +93,7 @@ class CausalLM(nn.Module):
     def _embed(self, input_ids: Tensor) -> Tensor:
         """(B, T) long -> (B, T, D) in the type of the residual sum."""
         x = self.embedding(input_ids)
-        device = x.device.type
-        if self.residual_in_fp32 or x.is_meta or not torch.is_autocast_enabled(device):
-            return x
-        return x.to(torch.get_autocast_dtype(device))
+        return x if self.residual_in_fp32 else to_autocast(x)
 
     def body(self, input_ids: Tensor) -> Tensor:
         """(B, T) long -> (B, T, D): the hidden states after the final norm, meta tokens left out."""

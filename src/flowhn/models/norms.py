@@ -7,6 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def to_autocast(x: Tensor) -> Tensor:
+    """x in the type that autocast computes in on its device; x itself without autocast (which the meta device does not know)."""
+    device = x.device.type
+    return x if x.is_meta or not torch.is_autocast_enabled(device) else x.to(torch.get_autocast_dtype(device))
+
+
 class RMSNorm(nn.RMSNorm):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension.
 

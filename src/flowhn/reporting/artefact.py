@@ -107,6 +107,7 @@ def _write_gap(
 ) -> tuple[Path, Path]:
     frame = gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
     shown = readable_gap(frame, of=gap["of"], to=list(gap["to"]))
+    (folder / "gap.png").unlink(missing_ok=True)  # an older picture must not contradict the table
     gap_figure(frame, folder / "gap.png", of=gap["of"], to=list(gap["to"]))
     return write_table(shown, folder, title=title, notes=_GAP_NOTES, name="gap", full=frame)
 

@@ -64,6 +64,11 @@ def _closed(loss: float | None, start: float | None, goal: float | None) -> floa
     return (start - loss) / (start - goal)
 
 
+def is_reference(cell: str, *, of: str, to: list[str]) -> bool:
+    """The row the gap is counted from, one to reach, or a variant of one to reach: there to compare with, not to be judged."""
+    return cell == of or any(cell == name or cell.startswith(f"{name}_") for name in to)
+
+
 def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame:
     """:func:`gap_table` as a reader wants it."""
 
@@ -83,7 +88,6 @@ def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame
         shown |= {f"gap to {long_name(name)} closed": percent(row[f"closed_{name}"]) for name in to}
         shown |= {"TPS": number(row["tps"], ",.0f"), f"speed beside {long_name(of)}": percent(row["speed"])}
         shown |= {"average accuracy": number(row["average"], ".2f")}
-        # A row to reach, or a variant of one: it is there to compare with, not to be judged.
-        own = row["cell"] == of or any(row["cell"] == name or row["cell"].startswith(f"{name}_") for name in to)
+        own = is_reference(row["cell"], of=of, to=to)
         rows.append(shown | {"half the gap at 90 % of the speed": "" if own else "yes" if row["reached"] else "no"})
     return pd.DataFrame(rows)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from flowhn.reporting import paper
-from flowhn.reporting.beyond import gap_table
+from flowhn.reporting.beyond import gap_table, is_reference
 from flowhn.reporting.rates import rate_table
 from flowhn.reporting.reasons import depth_lines, equal_cost_lines
 from flowhn.reporting.record import RunRecord, find_records
@@ -239,9 +239,7 @@ def _beyond(records: Sequence[RunRecord], experiments: Path, size: str, setting:
     if not any(record.cell not in own for record in records) or not any(record.cell == gap["of"] for record in records):
         return []
     frame = gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
-    tried = frame[
-        ~frame["cell"].isin(own) & ~frame["cell"].str.startswith(f"{gap['to'][0]}_")
-    ]  # No_Split's own variants
+    tried = frame[[not is_reference(cell, of=gap["of"], to=list(gap["to"])) for cell in frame["cell"]]]
     fast = tried[tried["speed"] >= 0.9]
     link = f"[experiments/beyond/{setting}](experiments/beyond/{setting}/gap.md) has all of them."
     if not len(fast):

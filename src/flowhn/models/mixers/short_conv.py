@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,7 +9,7 @@ from flowhn.errors import UserError
 from flowhn.models.cache import SSMState
 from flowhn.models.kernels import resolve_ssm
 from flowhn.models.mixers.conv import causal_conv, causal_conv_silu
-from flowhn.models.norms import RMSNorm
+from flowhn.models.norms import RMSNorm, to_autocast
 
 
 class ShortConv(nn.Module):
@@ -47,12 +46,7 @@ class ShortConv(nn.Module):
 
     def _normed(self, x: Tensor) -> Tensor:
         """RMSNorm(x) in autocast's type: no product follows that would cast it."""
-        device, normed = x.device.type, self.norm(x)
-        return (
-            normed
-            if x.is_meta or not torch.is_autocast_enabled(device)
-            else normed.to(torch.get_autocast_dtype(device))
-        )
+        return to_autocast(self.norm(x))
 
     def extend(self, x: Tensor, state: SSMState) -> Tensor:
         """(B, n, D) -> (B, n, D): n new tokens behind those of which ``state`` keeps the last K - 1."""
