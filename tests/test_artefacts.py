@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,10 @@ def test_every_trained_artefact_has_a_smoke_and_a_gpu_budget(name, budget):
 def test_ci_runs_every_artefact():
     text = (ROOT / ".ci" / "run").read_text()
     assert "artefacts=$(basename -s .yaml configs/artefacts/*.yaml)" in text
-    assert "./reproduce.sh $artefacts budget=smoke" in text
+    assert "./reproduce.sh ${artefacts/beyond/} budget=smoke" in text
+    (rows,) = re.findall(r"^\./reproduce\.sh beyond budget=smoke 'models=\[(.*)\]'$", text, re.MULTILINE)
+    assert len(rows.split(",")) >= 5
+    assert set(rows.split(",")) <= set(load_artefact("beyond").cells)
 
 
 def test_cells_fit_the_size_that_is_asked_for_whatever_the_budget_is_called():
