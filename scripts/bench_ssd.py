@@ -17,12 +17,14 @@ from flowhn.models.mixers.ssd_cuda import mamba_ssm_ssd
 from flowhn.models.mixers.ssd_triton import Tiles, triton_ssd
 
 HEADDIM, STATES = 64, 128
-TILINGS = [
+TILINGS = [  # chunk; warps and stages of the walks; heads, warps and stages of the output, of x's gradient, of B's and C's
     Tiles(),
-    Tiles(64, 8, 2, 8, 8, 2, 1, 8, 1, 16, 8, 2),
-    Tiles(64, 4, 1, 1, 4, 1, 8, 8, 2, 8, 8, 1),
-    Tiles(64, 4, 3, 4, 4, 2, 4, 8, 2, 4, 8, 2),
-    Tiles(64, 2, 2, 8, 4, 3, 2, 4, 2, 8, 4, 2),
+    Tiles(64, 4, 3, 8, 4, 2, 8, 4, 2, 16, 8, 3),
+    Tiles(64, 4, 1, 4, 4, 2, 4, 4, 2, 8, 8, 3),
+    Tiles(64, 8, 2, 4, 4, 3, 4, 4, 3, 8, 8, 2),
+    Tiles(64, 2, 2, 16, 4, 2, 16, 4, 2, 32, 8, 2),
+    Tiles(64, 4, 2, 2, 4, 2, 1, 4, 1, 32, 8, 3),
+    Tiles(64, 4, 2, 8, 8, 2, 8, 8, 2, 4, 8, 2),
 ]
 
 

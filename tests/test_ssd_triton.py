@@ -147,9 +147,9 @@ def test_heads_of_a_program_divide_a_groups():
 def test_operators_give_shapes_without_a_gpu():
     shape = (2, 130, 4, 16, 2, 24)
     leaves, dy = ssd_case(shape, "meta", torch.bfloat16)
-    y, states = kernel_forward(leaves[0], leaves[1][..., :4], *leaves[2:], 2, 24, [64])
-    assert (y.shape, states.shape) == (dy.shape, (2, 4, 3, 24, 16))
-    found = kernel_backward(dy, leaves[0], leaves[1][..., :4], *leaves[2:], states, 2, 24, [64])
+    y, states, paces = kernel_forward(leaves[0], leaves[1][..., :4], *leaves[2:], 2, 24, [64])
+    assert (y.shape, states.shape, paces.shape) == (dy.shape, (2, 4, 3, 24, 16), (2, 4, 3, 2, 64))
+    found = kernel_backward(dy, leaves[0], leaves[1][..., :4], *leaves[2:], states, paces, 2, 24, [64])
     assert [tuple(grad.shape) for grad in found] == [(2, 130, 160), (2, 130, 4), (4,), (4,), (4,)]
 
 
@@ -191,7 +191,7 @@ from test_ssd_triton import SMALL, differences, ours
 
 for shape in SMALL:
     for chunk, heads in ((16, 2), (64, 8)):
-        tiles = {"chunk": chunk, "own_heads": heads, "output_heads": heads, "shared_heads": heads}
+        tiles = {"chunk": chunk, "x_heads": heads, "output_heads": heads, "bc_heads": heads}
         assert max(differences(shape, "cpu", torch.float32, ours(shape, **tiles))) < 1e-4, (shape, tiles)
 """
 

@@ -25,8 +25,8 @@ class Tiles:
             are under way at a time.
         output_heads, output_warps, output_stages: of the kernel that makes y: heads of a program, at most (fewer where
             that does not divide those of a group), warps, and heads whose loads are under way.
-        own_heads, own_warps, own_stages: of the backward's part that each head has for itself.
-        shared_heads, shared_warps, shared_stages: of its part that heads share, which is summed over programs.
+        x_heads, x_warps, x_stages: of the one that makes the gradient of x.
+        bc_heads, bc_warps, bc_stages: of the one that makes those of B and C, which are summed over its programs.
     """
 
     chunk: int = 64
@@ -35,12 +35,12 @@ class Tiles:
     output_heads: int = 8
     output_warps: int = 4
     output_stages: int = 3
-    own_heads: int = 1
-    own_warps: int = 4
-    own_stages: int = 2
-    shared_heads: int = 16
-    shared_warps: int = 8
-    shared_stages: int = 2
+    x_heads: int = 8
+    x_warps: int = 4
+    x_stages: int = 3
+    bc_heads: int = 16
+    bc_warps: int = 8
+    bc_stages: int = 2
 
 
 DEFAULT_TILES = Tiles()
@@ -71,7 +71,7 @@ def triton_ssd(
         (B, T, H P) in xbc's type.
     """
     if xbc.dtype == torch.float32:  # tiles are twice as large; one at a time fits the shared memory of smaller GPUs too
-        tiles = replace(tiles, walk_stages=1, output_stages=1, own_stages=1, shared_stages=1)
+        tiles = replace(tiles, walk_stages=1, output_stages=1, x_stages=1, bc_stages=1)
     xbc, dt = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (xbc, dt))
     return kernel_forward(xbc, dt, A.float(), D.float(), dt_bias.float(), n_groups, d_state, astuple(tiles))[0]
 
@@ -110,8 +110,9 @@ def _blocks(n_heads: int, n_groups: int, most: int) -> tuple[int, int]:
 @torch.library.custom_op("flowhn::triton_ssd", mutates_args=())
 def kernel_forward(
     xbc: Tensor, dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, n_groups: int, d_state: int, tiles: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """y (B, T, H P), and the states before each chunk (B, H, chunks, N, P) in xbc's type."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y (B, T, H P), the states before each chunk (B, H, chunks, N, P) in xbc's type, and float32 (B, H, chunks, 2, L): step
+    and the running sum of A step."""
     from flowhn.models.mixers.ssd_triton_kernels import ssd_output_kernel, ssd_states_kernel  # needs Triton
 
     cut = Tiles(*tiles)
@@ -119,20 +120,21 @@ def kernel_forward(
     n_batch, n_tokens, _ = xbc.shape
     y = xbc.new_empty((n_batch, n_tokens, n_heads * headdim))
     states = xbc.new_empty(_states_shape(xbc, A, n_groups, d_state, cut.chunk))
+    paces = A.new_empty((*states.shape[:3], 2, cut.chunk))
     if y.numel():
         sizes = (n_tokens, n_heads, n_groups, states.shape[2])
-        strides = (*xbc.stride()[:2], *dt.stride()[:2])
+        strides = xbc.stride()[:2]
         constants = _constants(xbc, headdim, d_state, cut.chunk)
         ssd_states_kernel[(n_batch * n_heads,)](
-            xbc, dt, A, dt_bias, states, *sizes, *strides,
+            xbc, dt, A, dt_bias, states, paces, *sizes, *strides, *dt.stride()[:2],
             num_warps=cut.walk_warps, num_stages=cut.walk_stages, **constants,
         )  # fmt: skip
         n_blocks, heads = _blocks(n_heads, n_groups, cut.output_heads)
         ssd_output_kernel[(n_batch * states.shape[2] * n_blocks,)](
-            xbc, dt, A, D, dt_bias, states, y, *sizes, n_blocks, *strides,
+            xbc, D, paces, states, y, *sizes, n_blocks, *strides,
             HEADS=heads, num_warps=cut.output_warps, num_stages=cut.output_stages, **constants,
         )  # fmt: skip
-    return y, states
+    return y, states, paces
 
 
 @torch.library.custom_op("flowhn::triton_ssd_backward", mutates_args=())
@@ -144,6 +146,7 @@ def kernel_backward(
     D: Tensor,
     dt_bias: Tensor,
     states: Tensor,
+    paces: Tensor,
     n_groups: int,
     d_state: int,
     tiles: Sequence[int],
@@ -159,26 +162,29 @@ def kernel_backward(
     n_chunks = states.shape[2]
     dy = dy.contiguous()
     sizes = (n_tokens, n_heads, n_groups, n_chunks)
-    strides = (*xbc.stride()[:2], *dt.stride()[:2])
+    strides = xbc.stride()[:2]
     constants = _constants(xbc, headdim, d_state, cut.chunk)
     d_states = torch.empty_like(states)
     kernels.ssd_carry_kernel[(n_batch * n_heads,)](
-        dy, xbc, dt, A, dt_bias, d_states, *sizes, *strides,
-        num_warps=cut.walk_warps, num_stages=cut.walk_stages, **constants,
-    )  # fmt: skip
+        dy, xbc, paces, d_states, *sizes, *strides, num_warps=cut.walk_warps, num_stages=cut.walk_stages, **constants
+    )
     d_xbc, d_dt = xbc.new_empty(xbc.shape), dt.new_empty(dt.shape)
-    dA, dD, d_bias = (A.new_empty((n_batch * n_chunks, n_heads)) for _ in range(3))
-    n_blocks, heads = _blocks(n_heads, n_groups, cut.own_heads)
-    kernels.ssd_backward_heads_kernel[(n_batch * n_chunks * n_blocks,)](
-        dy, xbc, dt, A, D, dt_bias, states, d_states, d_xbc, d_dt, dA, dD, d_bias, *sizes, n_blocks, *strides,
-        HEADS=heads, num_warps=cut.own_warps, num_stages=cut.own_stages, **constants,
+    d_paces, d_decays = A.new_empty((*states.shape[:3], 4, cut.chunk)), A.new_empty(states.shape[:3])
+    n_blocks, heads = _blocks(n_heads, n_groups, cut.x_heads)
+    kernels.ssd_backward_x_kernel[(n_batch * n_chunks * n_blocks,)](
+        dy, xbc, D, paces, d_states, d_xbc, d_paces, *sizes, n_blocks, *strides,
+        HEADS=heads, num_warps=cut.x_warps, num_stages=cut.x_stages, **constants,
     )  # fmt: skip
-    n_blocks, heads = _blocks(n_heads, n_groups, cut.shared_heads)
+    n_blocks, heads = _blocks(n_heads, n_groups, cut.bc_heads)
     d_bc = A.new_empty((n_blocks // n_groups, n_batch, n_tokens, 2 * n_groups * d_state))
-    kernels.ssd_backward_shared_kernel[(n_batch * n_chunks * n_blocks,)](
-        dy, xbc, dt, A, dt_bias, states, d_states, d_bc, *sizes, n_blocks, *strides,
-        HEADS=heads, num_warps=cut.shared_warps, num_stages=cut.shared_stages, **constants,
+    kernels.ssd_backward_bc_kernel[(n_batch * n_chunks * n_blocks,)](
+        dy, xbc, paces, states, d_states, d_bc, d_paces, d_decays, *sizes, n_blocks, *strides,
+        HEADS=heads, num_warps=cut.bc_warps, num_stages=cut.bc_stages, **constants,
     )  # fmt: skip
+    dA, dD, d_bias = (A.new_empty((n_batch, n_heads)) for _ in range(3))
+    kernels.ssd_backward_dt_kernel[(n_batch * n_heads,)](
+        A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks, L=cut.chunk, CHUNKS=8
+    )
     d_xbc[..., n_heads * headdim :] = d_bc.sum(0)
     return d_xbc, d_dt, dA.sum(0), dD.sum(0), d_bias.sum(0)
 
@@ -186,10 +192,11 @@ def kernel_backward(
 @kernel_forward.register_fake
 def _(
     xbc: Tensor, dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, n_groups: int, d_state: int, tiles: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
     shape = _states_shape(xbc, A, n_groups, d_state, tiles[0])
-    return xbc.new_empty((*xbc.shape[:2], n_heads * headdim)), xbc.new_empty(shape)
+    y = xbc.new_empty((*xbc.shape[:2], n_heads * headdim))
+    return y, xbc.new_empty(shape), A.new_empty((*shape[:3], 2, tiles[0]))
 
 
 @kernel_backward.register_fake
@@ -201,6 +208,7 @@ def _(
     D: Tensor,
     dt_bias: Tensor,
     states: Tensor,
+    paces: Tensor,
     n_groups: int,
     d_state: int,
     tiles: Sequence[int],
@@ -211,11 +219,11 @@ def _(
 
 def _save(ctx, inputs, output) -> None:
     *tensors, ctx.n_groups, ctx.d_state, ctx.tiles = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, dy: Tensor | None, d_states: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 8
     return *kernel_backward(dy, *ctx.saved_tensors, ctx.n_groups, ctx.d_state, ctx.tiles), None, None, None

@@ -5,9 +5,10 @@ For each head, with a = A step, cs its running sum inside a chunk of L tokens, h
     W[t, s] = (C[t] B[s]) exp(cs[t] - cs[s]) step[s]  for s <= t
     y = W x + exp(cs) (C h) + D x          h' = exp(cs[L-1]) h + sum_s exp(cs[L-1] - cs[s]) step[s] B[s] x[s]^T
 
-``states`` walks over the chunks of one head and stores h before each, ``carry`` walks back and stores dh, the gradient of
-the state behind each. The others take all chunks at once, some heads of one group to a program: ``output`` makes y,
-``backward_heads`` what each head has for itself, ``backward_shared`` the gradients of B and C, summed over those heads.
+``states`` walks over the chunks of one head and stores step, cs and h before each, ``carry`` walks back and stores dh, the
+gradient of the state behind each. The others take all chunks at once, some heads of one group to a program: ``output``
+makes y, ``backward_x`` the gradient of x, ``backward_bc`` those of B and C, summed over its heads; both leave for
+``backward_dt``, which multiplies no matrices, what it needs for the gradients of dt, A, D and the bias.
 Letters: B batch, T tokens, H heads, P headdim, G groups of heads that share B and C, N d_state. x, B and C lie side by
 side in one tensor xbc (B, T, H P + 2 G N), as the convolution leaves them.
 """
@@ -19,12 +20,10 @@ import triton.language as tl
 
 
 @triton.jit
-def _steps(dt, row, inside, stride_t, A, bias):
-    """Of a chunk (L,): dt + bias, step = softplus of it (0 outside the sequence), the running sum of A step, its last."""
-    raw = tl.load(dt + row * stride_t, mask=inside, other=0.0).to(tl.float32) + bias
-    step = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
-    step = tl.where(inside, step, 0.0)
-    return raw, step, tl.cumsum(step * A, axis=0), tl.sum(step * A, axis=0)
+def _pace(paces, number, t, L: tl.constexpr):
+    """Of the chunk of that number among all of (B, H, chunks), (L,): step, the running sum of A step, and its last."""
+    start = paces + number * 2 * L
+    return tl.load(start + t), tl.load(start + L + t), tl.load(start + 2 * L - 1)
 
 
 @triton.jit
@@ -55,6 +54,12 @@ def _decay(t, cs):
 
 
 @triton.jit
+def _decay_from(t, cs):
+    """:func:`_decay` with its sources s in rows."""
+    return tl.exp(tl.where(t[:, None] <= t[None, :], cs[None, :] - cs[:, None], float("-inf")))
+
+
+@triton.jit
 def _place(n_heads, n_groups, n_chunks, n_blocks):
     """Sequence, chunk, block of heads and its group of a program that takes one chunk."""
     program = tl.program_id(0).to(tl.int64)
@@ -65,10 +70,11 @@ def _place(n_heads, n_groups, n_chunks, n_blocks):
 
 @triton.jit
 def ssd_states_kernel(
-    xbc, dt, A, bias, states, n_tokens, n_heads, n_groups, n_chunks, stride_b, stride_t, dt_stride_b, dt_stride_t,
+    xbc, dt, A, bias, states, paces, n_tokens, n_heads, n_groups, n_chunks, stride_b, stride_t, dt_stride_b, dt_stride_t,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """states (B, H, chunks, N, P): the state before each chunk of one sequence's head."""
+    """states (B, H, chunks, N, P): the state before each chunk of one sequence's head. paces (B, H, chunks, 2, L): step =
+    softplus(dt + bias), 0 outside the sequence, and the running sum of A step within the chunk."""
     program = tl.program_id(0).to(tl.int64)
     batch, head = program // n_heads, (program % n_heads).to(tl.int32)
     group = head // (n_heads // n_groups)
@@ -85,7 +91,13 @@ def ssd_states_kernel(
         row = chunk * L + t
         inside = row < n_tokens
         tl.store(place + chunk * N * P, h.to(kind), mask=mask)
-        _, step, cs, total = _steps(dt, row, inside, dt_stride_t, rate, offset)
+        raw = tl.load(dt + row * dt_stride_t, mask=inside, other=0.0).to(tl.float32) + offset
+        step = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
+        step = tl.where(inside, step, 0.0)
+        cs, total = tl.cumsum(step * rate, axis=0), tl.sum(step * rate, axis=0)
+        pace = paces + (program * n_chunks + chunk) * 2 * L + t
+        tl.store(pace, step)
+        tl.store(pace + L, cs)
         x = _tile(xbc + head * P, row, inside, stride_t, p, P).to(tl.float32) * (tl.exp(total - cs) * step)[:, None]
         keys = _tile(b_start, row, inside, stride_t, n, N)
         h = h * tl.exp(total) + tl.dot(tl.trans(keys), x.to(kind), input_precision=PRECISION)
@@ -93,7 +105,7 @@ def ssd_states_kernel(
 
 @triton.jit
 def ssd_carry_kernel(
-    dy, xbc, dt, A, bias, d_states, n_tokens, n_heads, n_groups, n_chunks, stride_b, stride_t, dt_stride_b, dt_stride_t,
+    dy, xbc, paces, d_states, n_tokens, n_heads, n_groups, n_chunks, stride_b, stride_t,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_states (B, H, chunks, N, P): the gradient of the state behind each chunk of one sequence's head."""
@@ -102,11 +114,9 @@ def ssd_carry_kernel(
     group = head // (n_heads // n_groups)
     width = n_heads * P
     p, n, t = tl.arange(0, PP), tl.arange(0, NP), tl.arange(0, L)
-    dt += batch * dt_stride_b + head
     dy += batch * n_tokens * width + head * P
     c_start = xbc + batch * stride_b + width + (n_groups + group) * N
     kind = xbc.dtype.element_ty
-    rate, offset = tl.load(A + head), tl.load(bias + head)
     dh = tl.zeros((NP, PP), dtype=tl.float32)
     mask = (n < N)[:, None] & (p < P)[None, :]
     place = d_states + program * n_chunks * N * P + n[:, None] * P + p[None, :]
@@ -115,7 +125,7 @@ def ssd_carry_kernel(
         row = chunk * L + t
         inside = row < n_tokens
         tl.store(place + chunk * N * P, dh.to(kind), mask=mask)
-        _, _, cs, total = _steps(dt, row, inside, dt_stride_t, rate, offset)
+        _, cs, total = _pace(paces, program * n_chunks + chunk, t, L)
         given = _tile(dy, row, inside, width, p, P).to(tl.float32) * tl.exp(cs)[:, None]
         queries = _tile(c_start, row, inside, stride_t, n, N)
         dh = dh * tl.exp(total) + tl.dot(tl.trans(queries), given.to(kind), input_precision=PRECISION)
@@ -123,8 +133,7 @@ def ssd_carry_kernel(
 
 @triton.jit
 def ssd_output_kernel(
-    xbc, dt, A, D, bias, states, y, n_tokens, n_heads, n_groups, n_chunks, n_blocks,
-    stride_b, stride_t, dt_stride_b, dt_stride_t,
+    xbc, D, paces, states, y, n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -140,11 +149,9 @@ def ssd_output_kernel(
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     for number in range(HEADS):
         head = block * HEADS + number
-        _, step, cs, _ = _steps(
-            dt + batch * dt_stride_b + head, row, inside, dt_stride_t, tl.load(A + head), tl.load(bias + head)
-        )
-        x = _tile(xbc + head * P, row, inside, stride_t, p, P)
         state = (batch * n_heads + head) * n_chunks + chunk
+        step, cs, _ = _pace(paces, state, t, L)
+        x = _tile(xbc + head * P, row, inside, stride_t, p, P)
         h = _state(states, state, n, p, N, P)
         out = tl.dot(queries, h, input_precision=PRECISION) * tl.exp(cs)[:, None]
         weights = (scores * _decay(t, cs) * step[None, :]).to(kind)
@@ -158,16 +165,15 @@ def ssd_output_kernel(
 
 
 @triton.jit
-def ssd_backward_heads_kernel(
-    dy, xbc, dt, A, D, bias, states, d_states, d_xbc, d_dt, dA, dD, d_bias,
-    n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t, dt_stride_b, dt_stride_t,
+def ssd_backward_x_kernel(
+    dy, xbc, D, paces, d_states, d_xbc, d_paces, n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What each of HEADS heads has for itself, in one chunk of one sequence.
+    """The gradient of x into d_xbc (B, T, H P + 2 G N), in one chunk of one sequence for HEADS heads of one group.
 
-    The gradients of x into d_xbc (B, T, H P + 2 G N), of dt into d_dt (B, T, H), of A, D and the bias into
-    (B, chunks, H).
+    And into rows 2 and 3 of d_paces, with the gradient dxs of step x as far as it comes from the states: dxs x, and x dy,
+    each summed over P.
     """
     batch, chunk, block, group = _place(n_heads, n_groups, n_chunks, n_blocks)
     width = n_heads * P
@@ -178,59 +184,40 @@ def ssd_backward_heads_kernel(
     xbc += batch * stride_b
     keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
     kind = xbc.dtype.element_ty
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # (source, token)
     for number in range(HEADS):
         head = block * HEADS + number
-        rate = tl.load(A + head)
-        raw, step, cs, total = _steps(
-            dt + batch * dt_stride_b + head, row, inside, dt_stride_t, rate, tl.load(bias + head)
-        )
-        x = _tile(xbc + head * P, row, inside, stride_t, p, P)
-        given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
         state = (batch * n_heads + head) * n_chunks + chunk
-        h = _state(states, state, n, p, N, P)
+        step, cs, total = _pace(paces, state, t, L)
+        x = _tile(xbc + head * P, row, inside, stride_t, p, P).to(tl.float32)
+        given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
         dh = _state(d_states, state, n, p, N, P)
-        # h' = exp(total) h + sum_s exp(total - cs[s]) step[s] B[s] x[s]^T
-        d_total = tl.exp(total) * tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), axis=1), axis=0)
-        dx = tl.dot(keys, dh, input_precision=PRECISION) * tl.exp(total - cs)[:, None]  # of step x, so far
-        x_wide = x.to(tl.float32)
-        by_state = tl.sum(dx * x_wide, axis=1)
-        d_total += tl.sum(by_state * step, axis=0)
-        # y += exp(cs) (C h)
+        dx = tl.dot(keys, dh, input_precision=PRECISION) * tl.exp(total - cs)[:, None]
+        tl.store(d_paces + (state * 4 + 2) * L + t, tl.sum(dx * x, axis=1))
+        weights = (scores * _decay_from(t, cs)).to(kind)
+        dx += tl.dot(weights, given, input_precision=PRECISION)
         given_wide = given.to(tl.float32)
-        from_state = tl.dot(queries, h, input_precision=PRECISION) * tl.exp(cs)[:, None]
-        d_cs = tl.sum(from_state * given_wide, axis=1) - by_state * step
-        # y = W x with W = weights step[s]; rows and columns of one product, so that what cancels does so exactly
-        weights = scores * _decay(t, cs)
-        dx += tl.dot(tl.trans(weights.to(kind)), given, input_precision=PRECISION)
-        product = tl.dot(given, tl.trans(x), input_precision=PRECISION) * weights
-        d_step = by_state + tl.sum(product, axis=0)
-        product *= step[None, :]
-        d_cs += tl.sum(product, axis=1) - tl.sum(product, axis=0)
+        tl.store(d_paces + (state * 4 + 3) * L + t, tl.sum(given_wide * x, axis=1))
         dx = dx * step[:, None] + tl.load(D + head) * given_wide
         tl.store(
             d_xbc + batch * n_tokens * wide + row[:, None] * wide + head * P + p[None, :],
             dx.to(d_xbc.dtype.element_ty),
             mask=inside[:, None] & (p < P)[None, :],
         )
-        # cs is a running sum: a token's A step is in all later ones.
-        d_decay = tl.cumsum(d_cs, axis=0, reverse=True) + d_total
-        d_raw = tl.where(inside, (d_step + rate * d_decay) * tl.sigmoid(raw), 0.0)
-        tl.store(d_dt + (batch * n_tokens + row) * n_heads + head, d_raw.to(d_dt.dtype.element_ty), mask=inside)
-        sums = (batch * n_chunks + chunk) * n_heads + head
-        tl.store(dA + sums, tl.sum(step * d_decay, axis=0))
-        tl.store(dD + sums, tl.sum(tl.sum(x_wide * given_wide, axis=1), axis=0))
-        tl.store(d_bias + sums, tl.sum(d_raw, axis=0))
 
 
 @triton.jit
-def ssd_backward_shared_kernel(
-    dy, xbc, dt, A, bias, states, d_states, d_bc, n_tokens, n_heads, n_groups, n_chunks, n_blocks,
-    stride_b, stride_t, dt_stride_b, dt_stride_t,
+def ssd_backward_bc_kernel(
+    dy, xbc, paces, states, d_states, d_bc, d_paces, d_decays,
+    n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of B and C in one chunk of one sequence, summed over HEADS heads: d_bc (blocks of a group, B, T, 2 G N)."""
+    """The gradients of B and C in one chunk of one sequence, summed over HEADS heads: d_bc (blocks of a group, B, T, 2 G N).
+
+    And into rows 0 and 1 of d_paces the gradients of cs and of step as far as they come from inside the chunk, that of cs
+    from the state before it too; into d_decays (B, H, chunks) that of exp(total).
+    """
     batch, chunk, block, group = _place(n_heads, n_groups, n_chunks, n_blocks)
     width = n_heads * P
     p, n, t = tl.arange(0, PP), tl.arange(0, NP), tl.arange(0, L)
@@ -238,30 +225,79 @@ def ssd_backward_shared_kernel(
     inside = row < n_tokens
     xbc += batch * stride_b
     kind = xbc.dtype.element_ty
+    keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     d_scores = tl.zeros((L, L), dtype=tl.float32)
     d_keys = tl.zeros((L, NP), dtype=tl.float32)
     d_queries = tl.zeros((L, NP), dtype=tl.float32)
     for number in range(HEADS):
         head = block * HEADS + number
-        _, step, cs, total = _steps(
-            dt + batch * dt_stride_b + head, row, inside, dt_stride_t, tl.load(A + head), tl.load(bias + head)
-        )
+        state = (batch * n_heads + head) * n_chunks + chunk
+        step, cs, total = _pace(paces, state, t, L)
         x = _tile(xbc + head * P, row, inside, stride_t, p, P)
         given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
-        state = (batch * n_heads + head) * n_chunks + chunk
         h = _state(states, state, n, p, N, P)
         dh = _state(d_states, state, n, p, N, P)
-        d_scores += tl.dot(given, tl.trans(x), input_precision=PRECISION) * _decay(t, cs) * step[None, :]
-        given = (given.to(tl.float32) * tl.exp(cs)[:, None]).to(kind)
-        d_queries += tl.dot(given, tl.trans(h), input_precision=PRECISION)
-        x = (x.to(tl.float32) * (tl.exp(total - cs) * step)[:, None]).to(kind)
-        d_keys += tl.dot(x, tl.trans(dh), input_precision=PRECISION)
-    keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
+        tl.store(d_decays + state, tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), axis=1), axis=0))
+        # y = W x; rows and columns of one product, so that what cancels in the sum of d_cs does so exactly
+        product = tl.dot(given, tl.trans(x), input_precision=PRECISION) * _decay(t, cs)
+        d_scores += product * step[None, :]
+        product *= scores
+        d_step = tl.sum(product, axis=0)
+        d_cs = tl.sum(product * step[None, :], axis=1)
+        # y += exp(cs) (C h)
+        part = tl.dot(given, tl.trans(h), input_precision=PRECISION) * tl.exp(cs)[:, None]
+        d_queries += part
+        d_cs += tl.sum(part * queries.to(tl.float32), axis=1)
+        tl.store(d_paces + state * 4 * L + t, d_cs - d_step * step)
+        tl.store(d_paces + (state * 4 + 1) * L + t, d_step)
+        # h' = exp(total) h + sum_s exp(total - cs[s]) step[s] B[s] x[s]^T
+        d_keys += tl.dot(x, tl.trans(dh), input_precision=PRECISION) * (tl.exp(total - cs) * step)[:, None]
     d_queries += tl.dot(d_scores.to(kind), keys, input_precision=PRECISION)
     d_keys += tl.dot(tl.trans(d_scores).to(kind), queries, input_precision=PRECISION)
     n_batch = tl.num_programs(0) // n_blocks // n_chunks
-    part = (block % (n_blocks // n_groups)) * n_batch + batch
-    start = d_bc + (part * n_tokens + row[:, None]) * (2 * n_groups * N) + group * N
+    part_of = (block % (n_blocks // n_groups)) * n_batch + batch
+    start = d_bc + (part_of * n_tokens + row[:, None]) * (2 * n_groups * N) + group * N
     mask = inside[:, None] & (n < N)[None, :]
     tl.store(start + n[None, :], d_keys, mask=mask)
     tl.store(start + n_groups * N + n[None, :], d_queries, mask=mask)
+
+
+@triton.jit
+def ssd_backward_dt_kernel(
+    A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks,
+    L: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """From what the two kernels above left: the gradients of dt (B, T, H) and, of one sequence's head, of A, D and the bias
+    (B, H). CHUNKS at a time."""
+    program = tl.program_id(0).to(tl.int64)
+    batch, head = program // n_heads, (program % n_heads).to(tl.int32)
+    t = tl.arange(0, L)[None, :]
+    rate = tl.load(A + head)
+    sums = tl.zeros((CHUNKS, L), dtype=tl.float32)
+    skips, biases = sums, sums
+    for first in range(0, n_chunks, CHUNKS):
+        chunk = first + tl.arange(0, CHUNKS)
+        mask = (chunk < n_chunks)[:, None]
+        state = program * n_chunks + chunk
+        place = paces + state[:, None] * 2 * L
+        step = tl.load(place + t, mask=mask, other=0.0)
+        total = tl.load(paces + state * 2 * L + 2 * L - 1, mask=chunk < n_chunks, other=0.0)
+        place = d_paces + state[:, None] * 4 * L + t
+        d_cs, d_step = tl.load(place, mask=mask, other=0.0), tl.load(place + L, mask=mask, other=0.0)
+        by_state = tl.load(place + 2 * L, mask=mask, other=0.0)
+        skips += tl.load(place + 3 * L, mask=mask, other=0.0)
+        d_total = tl.exp(total) * tl.load(d_decays + state, mask=chunk < n_chunks, other=0.0)
+        d_total += tl.sum(by_state * step, axis=1)
+        # cs is a running sum: a token's A step is in all later ones.
+        d_decay = tl.cumsum(d_cs - by_state * step, axis=1, reverse=True) + d_total[:, None]
+        sums += step * d_decay
+        # softplus' = 1 - exp(-step), whose difference loses the digits of a small step
+        slope = tl.where(step > 0.02, 1.0 - tl.exp(-step), step * (1.0 - step * (0.5 - step * (1 / 6 - step / 24))))
+        d_raw = (d_step + by_state + rate * d_decay) * slope
+        biases += d_raw
+        row = chunk[:, None] * L + t
+        tl.store(d_dt + (batch * n_tokens + row) * n_heads + head, d_raw.to(d_dt.dtype.element_ty), mask=row < n_tokens)
+    tl.store(dA + program, tl.sum(tl.sum(sums, axis=1), axis=0))
+    tl.store(dD + program, tl.sum(tl.sum(skips, axis=1), axis=0))
+    tl.store(d_bias + program, tl.sum(tl.sum(biases, axis=1), axis=0))
