@@ -2,7 +2,7 @@
 # A whole session on a lent machine of two GPUs: models are trained on GPU 0 (accuracy_session.sh), steps are timed on GPU 1
 # (speed_session.sh), GPU tests at the end; every call brings home all that there is, so that a lost machine costs one call at most.
 # Calls must follow each other within 30 seconds, or the machine goes back: have the next one ready. COMMIT=... names the code.
-#   bash scripts/gpu_session.sh packages        call 1, carrying build/site.tar.xz and build/mamba.tar.xz; times one tiny cell, to see that it can
+#   bash scripts/gpu_session.sh packages        call 1, carrying build/site.tar.xz and build/mamba.tar.xz; tries a tiny cell and SSD's tilings
 #   bash scripts/gpu_session.sh go 560          call 2, carrying .data: training begins, and timing
 #   bash scripts/gpu_session.sh go 560          call 3, carrying build/conv.tar.xz: goes on, with transformers' Mamba to compare with
 #   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests first, then goes on; seconds as many as are left, less 15
@@ -24,6 +24,9 @@ if [ "$phase" = packages ]; then
   need_packages hydra lm_eval mamba_ssm || exit 2
   PYTHONPATH=src:$site "${PYTHON:-python3}" -m flowhn.bench output_dir=/tmp/first_cell 'sizes=[tiny]' 'models=[llama]' windows=1 2>&1 |
     grep -iE "tokens/s at|failed|error"
+  PYTHONPATH=src:$site timeout 60 "${PYTHON:-python3}" -c "from flowhn.benchmark.kernel_checks import check_kernel as check
+print(check('mamba2', 'triton', 'cuda'))" 2>&1 | tail -n 3
+  PYTHONPATH=src:$site timeout 90 "${PYTHON:-python3}" scripts/bench_ssd.py 2>&1 | grep -v -i warn
   exit
 fi
 [ "$limit" -ge 60 ] || { echo "say how many seconds this call may take, 60 or more: gpu_session.sh go 560" >&2; exit 2; }

@@ -42,7 +42,7 @@ step 'sizes=[350m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm]' prepare=2
 step 'sizes=[135m]' 'models=[shm,jamba,mamba1,mamba2,hymba,flowhn_no,flowhn_ae,flowhn_fa]' prepare=2
 step 'sizes=[1b]' 'models=[flowhn_fac_mamba2]' batch=128  # FAC's Mamba-1 branch needs about 135 GB there
 step repeat=1 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
-step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]'
+step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]' batch=128
 step 'sizes=[350m]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
 step 'sizes=[350m,1b]' 'models=[jamba,mamba2,flowhn_no,flowhn_ae,flowhn_fa,hymba,mamba1]'
 step bench=balance 'models=[fac_flops,fac_time,fac_03,fac_05,fac_07]'
