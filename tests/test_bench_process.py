@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -77,6 +78,19 @@ def test_where_a_forked_process_cannot_use_the_device_a_fresh_one_is_asked(monke
 
 def _refuses(spec, answer, log):
     os._exit(bench_process._CANNOT_USE_DEVICE)
+
+
+def _is_killed(spec, answer, log):
+    Path(log).write_text("a warning of before\n", encoding="utf-8")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_cell_says_so(monkeypatch):
+    monkeypatch.setattr(bench_process, "_measure", _is_killed)
+    found = run_cell({}, 60)
+    assert found["status"] == "failed"
+    assert "signal 9" in found["reason"]
+    assert "batch=" in found["reason"]
 
 
 def _answers(spec, answer, log):

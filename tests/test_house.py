@@ -157,3 +157,11 @@ def test_the_lock_files_pin_what_pyproject_asks_for():
             if canonicalize_name(requirement.name) != "torch":
                 versions = pinned[canonicalize_name(requirement.name)]
                 assert all(requirement.specifier.contains(version) for version in versions), (name, line, versions)
+
+
+def test_the_gpu_session_runs_every_gpu_test():
+    session = (ROOT / "scripts" / "device_session.sh").read_text()
+    mark = "pytest.mark." + "gpu"  # not as one word: this file has no such test
+    marked = [path.name for path in (ROOT / "tests").glob("test_*.py") if mark in path.read_text()]
+    assert marked
+    assert [name for name in marked if f"tests/{name}" not in session] == []

@@ -67,6 +67,9 @@ def run_cell(spec: Mapping[str, Any], timeout: float, *, method: str | None = No
             return {**json.loads(answer.read_text(encoding="utf-8")), "cell_seconds": time.monotonic() - begun}
         if chosen == FORKED and method is None and process.exitcode == _CANNOT_USE_DEVICE:
             return run_cell(spec, timeout, method=FRESH)
+        if process.exitcode < 0:
+            hint = f"killed by signal {-process.exitcode}; where that is 9, memory ran out, most likely: lower batch="
+            return {"status": "failed", "reason": hint}
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
         hint = 'a script that starts a benchmark needs if __name__ == "__main__":'
         return {"status": "failed", "reason": lines[-1] if lines else f"exit code {process.exitcode}; {hint}"}
