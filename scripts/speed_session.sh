@@ -21,8 +21,10 @@ export TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton TRIT
 need_packages hydra || exit 2
 
 left() { echo $((limit - ($(date +%s) - begun))); }
-bench() {  # words of flowhn-bench
-  timeout "$(left)" "$python" -m flowhn.bench "output_dir=$work" ${COMMIT:+"commit='$COMMIT'"} "repeat=${REPEAT:-0}" \
+bench() {  # words of flowhn-bench; MOST=... seconds that it may take at most
+  local seconds
+  seconds=$(left)
+  timeout "$((seconds < ${MOST:-seconds} ? seconds : ${MOST:-seconds}))" "$python" -m flowhn.bench "output_dir=$work" ${COMMIT:+"commit='$COMMIT'"} "repeat=${REPEAT:-0}" \
     steps_per_window=4 cell_timeout_s=300 "$@" 2>&1 | grep -iE "^\[|tokens/s at|prepared|error|memory|failed|timed"
 }
 step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY asks for others
@@ -34,7 +36,7 @@ step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY a
 # What no session has measured yet comes first, then what belongs into one run, then repeats, which tell the spread within a session.
 # transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair.
 if need_packages mamba_ssm causal_conv1d; then
-  step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1,mamba2,peer_mamba2]' prepare=3
+  MOST=300 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1,mamba2,peer_mamba2]' prepare=3
 fi
 step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true prepare=3
 step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,llama,shm,flowhn_fac]' profile=true
