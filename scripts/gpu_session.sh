@@ -34,7 +34,7 @@ fi
 # Files, not pipes, and no input: the daemon outlives this call and must not hold its output open.
 train() {
   WORK=$accuracy RECORDS=${ACCURACY_RECORDS:-} CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept" WAIT=1 SECONDS_ALL="${SECONDS_ALL:-1480}" \
-    SESSION_WORDS="${SESSION_WORDS:---kinds variant,long,seed --extra flowhn_fac:0 --extra llama:1 --extra mamba2:1 --long-seed 1}" \
+    SESSION_WORDS="${SESSION_WORDS:---kinds variant,long,seed,probe --extra flowhn_fac:0 --extra llama:1 --extra mamba2:1 --long-seed 1}" \
     bash scripts/accuracy_session.sh </dev/null >"$kept/accuracy.log" 2>&1
 }
 train
