@@ -85,6 +85,12 @@ def _is_killed(spec, answer, log):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def test_what_a_process_wrote_before_a_signal_is_told():
+    assert bench_process._reason(-6, ["a", "CUDA error"]) == "killed by signal 6: CUDA error"
+    assert bench_process._reason(-6, []) == "killed by signal 6"
+    assert bench_process._reason(None, ["a", "b"]) == "b"
+
+
 def test_a_killed_cell_says_so(monkeypatch):
     monkeypatch.setattr(bench_process, "_measure", _is_killed)
     found = run_cell({}, 60)

@@ -19,13 +19,15 @@ SMALL = [
     (2, 50, 4, 16, 2, 16),
     (1, 1, 2, 16, 1, 16),
     (1, 130, 3, 16, 1, 24),
+    (1, 40, 4, 24, 2, 20),
 ]
 LARGE = [(2, n_tokens, 6, 64, 1, 128) for n_tokens in (1, 2, 7, 63, 64, 65, 255, 447, 1023, 4096)]
 LARGE += [(3, 200, 8, 64, 2, 128), (2, 129, 4, 32, 1, 48), (2, 129, 5, 128, 1, 64)]
+LARGE += [(2, 129, 2, 128, 1, 128), (1, 129, 4, 40, 1, 20)]
 
 
-def ssd_case(shape, device, dtype):
-    """xbc, dt (a slice of something wider, as in_proj gives it), A, D, dt_bias, and y's gradient."""
+def ssd_case(shape, device, dtype, bias=-2.0):
+    """xbc, dt (a slice of something wider, as in_proj gives it), A, D, dt_bias around ``bias``, and y's gradient."""
     n_batch, n_tokens, n_heads, headdim, n_groups, d_state = shape
     generator = torch.Generator().manual_seed(n_tokens)
     randn = lambda *sizes: torch.randn(*sizes, generator=generator)  # noqa: E731
@@ -33,7 +35,7 @@ def ssd_case(shape, device, dtype):
     xbc = randn(n_batch, n_tokens, width + 2 * n_groups * d_state)
     xbc[..., width:] /= d_state**0.25
     A = -torch.rand(n_heads, generator=generator) * 8 - 1
-    leaves = [xbc.to(dtype), randn(n_batch, n_tokens, n_heads + 3).to(dtype), A, randn(n_heads), randn(n_heads) - 2]
+    leaves = [xbc.to(dtype), randn(n_batch, n_tokens, n_heads + 3).to(dtype), A, randn(n_heads), randn(n_heads) + bias]
     return [leaf.to(device) for leaf in leaves], randn(n_batch, n_tokens, width).to(device, dtype)
 
 
@@ -73,8 +75,8 @@ def relative(found, wanted) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12))
 
 
-def differences(shape, device, dtype, function):
-    leaves, dy = ssd_case(shape, device, dtype)
+def differences(shape, device, dtype, function, **options):
+    leaves, dy = ssd_case(shape, device, dtype, **options)
     wanted = run(plain(shape), [leaf.double() for leaf in leaves], dy.double())
     return [relative(a, b) for a, b in zip(run(function, leaves, dy), wanted, strict=True)]
 
@@ -193,6 +195,8 @@ for shape in SMALL:
     for chunk, heads in ((16, 2), (64, 8)):
         tiles = {"chunk": chunk, "x_heads": heads, "output_heads": heads, "bc_heads": heads}
         assert max(differences(shape, "cpu", torch.float32, ours(shape, **tiles))) < 1e-4, (shape, tiles)
+# Steps of 1e-5: softplus and its slope must not lose their digits.
+assert max(differences(SMALL[0], "cpu", torch.float32, ours(SMALL[0]), bias=-11.0)) < 1e-4
 """
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -45,8 +46,8 @@ def run_cell(spec: Mapping[str, Any], timeout: float, *, method: str | None = No
         method: how the process begins; None: forked on Linux, and from nothing where a forked one cannot use the GPU.
 
     Returns:
-        The measured part of the record, or ``status`` ("failed", "timed out") and ``reason``, the last line of what the
-        process wrote.
+        The measured part of the record, or ``status`` ("failed", "timed out") and ``reason``: the signal that ended the
+        process, the last line of what it wrote.
     """
     begun, chosen = time.monotonic(), method or (FORKED if sys.platform == "linux" else FRESH)
     with tempfile.TemporaryDirectory() as folder:
@@ -67,12 +68,18 @@ def run_cell(spec: Mapping[str, Any], timeout: float, *, method: str | None = No
             return {**json.loads(answer.read_text(encoding="utf-8")), "cell_seconds": time.monotonic() - begun}
         if chosen == FORKED and method is None and process.exitcode == _CANNOT_USE_DEVICE:
             return run_cell(spec, timeout, method=FRESH)
-        if process.exitcode < 0:
-            hint = f"killed by signal {-process.exitcode}; where that is 9, memory ran out, most likely: lower batch="
-            return {"status": "failed", "reason": hint}
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-        hint = 'a script that starts a benchmark needs if __name__ == "__main__":'
-        return {"status": "failed", "reason": lines[-1] if lines else f"exit code {process.exitcode}; {hint}"}
+        return {"status": "failed", "reason": _reason(process.exitcode, lines)}
+
+
+def _reason(code: int | None, lines: list[str]) -> str:
+    """Why a process left no answer, from its exit code (None: another thread has read it) and what it wrote."""
+    if code == -signal.SIGKILL:
+        return "killed by signal 9: memory ran out, most likely; lower batch="
+    said = lines[-1] if lines else ""
+    if code is not None and code < 0:
+        return f"killed by signal {-code}" + (f": {said}" if said else "")
+    return said or f'exit code {code}; a script that starts a benchmark needs if __name__ == "__main__":'
 
 
 _CANNOT_USE_DEVICE = 113

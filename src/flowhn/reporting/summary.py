@@ -48,7 +48,8 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
     ]
     parts += _rates(find_records(experiments / "table1_lr" / setting / "records"))
     parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen)]
-    parts += _pictures(experiments, "table1", setting, {"loss_vs_time": "time", "loss_vs_flops": "FLOPs"})
+    shown = {f"loss_vs_{axis.lower()}": f"validation loss over training {axis}" for axis in ("time", "FLOPs")}
+    parts += _pictures(experiments, "table1", setting, shown)
     parts += _beyond(find_records(experiments / "beyond" / setting / "records"), experiments, size, setting, gap)
     if (experiments / "long_context" / setting / "long_context.png").is_file():
         parts += [
@@ -222,16 +223,10 @@ def _rate(tried: pd.DataFrame) -> str:
 
 def _pictures(experiments: Path, artefact: str, setting: str, names: dict[str, str]) -> list[str]:
     lines = []
-    for name, axis in names.items():
+    for name, shows in names.items():
         if (experiments / artefact / setting / f"{name}.png").is_file():
-            lines.append(f"![validation loss over training {axis}](experiments/{artefact}/{setting}/{name}.png)")
+            lines.append(f"![{shows}](experiments/{artefact}/{setting}/{name}.png)")
     return [*lines, ""] if lines else []
-
-
-def _gap_picture(experiments: Path, setting: str) -> list[str]:
-    if not (experiments / "beyond" / setting / "gap.png").is_file():
-        return []
-    return [f"![validation loss over speed of all variants](experiments/beyond/{setting}/gap.png)", ""]
 
 
 def _beyond(records: Sequence[RunRecord], experiments: Path, size: str, setting: str, gap: dict[str, Any]) -> list[str]:
@@ -254,5 +249,5 @@ def _beyond(records: Sequence[RunRecord], experiments: Path, size: str, setting:
         f"Beyond the paper: of {len(tried)} variants of FAC_Split, `{best['cell']}` has the lowest loss at 90 % of the speed or "
         f"more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {link}",
         "",
-        *_gap_picture(experiments, setting),
+        *_pictures(experiments, "beyond", setting, {"gap": "validation loss over speed of all variants"}),
     ]

@@ -72,6 +72,10 @@ def triton_ssd(
     """
     if xbc.dtype == torch.float32:  # tiles are twice as large; one at a time fits the shared memory of smaller GPUs too
         tiles = replace(tiles, walk_stages=1, output_stages=1, x_stages=1, bc_stages=1)
+    elif (
+        min(_sizes(xbc, A, n_groups, d_state)[1], d_state) > 64
+    ):  # states are twice as large, and 99 KiB are there on some
+        tiles = replace(tiles, output_stages=min(tiles.output_stages, 2), x_stages=min(tiles.x_stages, 2), bc_stages=1)
     xbc, dt = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (xbc, dt))
     return kernel_forward(xbc, dt, A.float(), D.float(), dt_bias.float(), n_groups, d_state, astuple(tiles))[0]
 
@@ -93,7 +97,7 @@ def _power(number: int) -> int:
 
 
 def _constants(xbc: Tensor, headdim: int, d_state: int, chunk: int) -> dict[str, object]:
-    """Compile-time arguments of all kernels."""
+    """Compile-time arguments of the kernels that multiply matrices."""
     # float32 as three TF32 products, 1e-6 off: exact ones use no tensor core and compile for a minute. 16 bits do not care.
     precision = "tf32x3" if xbc.dtype == torch.float32 else "tf32"
     padded = {"PP": _power(headdim), "NP": _power(d_state)}
@@ -169,6 +173,7 @@ def kernel_backward(
         dy, xbc, paces, d_states, *sizes, *strides, num_warps=cut.walk_warps, num_stages=cut.walk_stages, **constants
     )
     d_xbc, d_dt = xbc.new_empty(xbc.shape), dt.new_empty(dt.shape)
+    # d_paces (B, H, chunks, 4, L): gradients of cs and step from inside the chunk, of step from the states, x dy over P.
     d_paces, d_decays = A.new_empty((*states.shape[:3], 4, cut.chunk)), A.new_empty(states.shape[:3])
     n_blocks, heads = _blocks(n_heads, n_groups, cut.x_heads)
     kernels.ssd_backward_x_kernel[(n_batch * n_chunks * n_blocks,)](

@@ -8,7 +8,7 @@ For each head, with a = A step, cs its running sum inside a chunk of L tokens, h
 ``states`` walks over the chunks of one head and stores step, cs and h before each, ``carry`` walks back and stores dh, the
 gradient of the state behind each. The others take all chunks at once, some heads of one group to a program: ``output``
 makes y, ``backward_x`` the gradient of x, ``backward_bc`` those of B and C, summed over its heads; both leave for
-``backward_dt``, which multiplies no matrices, what it needs for the gradients of dt, A, D and the bias.
+``backward_dt``, one program a head, what it needs for the gradients of dt, A, D and the bias.
 Letters: B batch, T tokens, H heads, P headdim, G groups of heads that share B and C, N d_state. x, B and C lie side by
 side in one tensor xbc (B, T, H P + 2 G N), as the convolution leaves them.
 """
@@ -17,6 +17,14 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _softplus(raw):
+    """log(1 + exp(raw)), whose sum loses the digits of a small exp(raw)."""
+    e = tl.exp(tl.minimum(raw, 20.0))
+    small = e * (1.0 - e * (0.5 - e * (1 / 3 - e / 4)))
+    return tl.where(raw > 20.0, raw, tl.where(e < 0.02, small, tl.log(1.0 + e)))
 
 
 @triton.jit
@@ -92,8 +100,7 @@ def ssd_states_kernel(
         inside = row < n_tokens
         tl.store(place + chunk * N * P, h.to(kind), mask=mask)
         raw = tl.load(dt + row * dt_stride_t, mask=inside, other=0.0).to(tl.float32) + offset
-        step = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
-        step = tl.where(inside, step, 0.0)
+        step = tl.where(inside, _softplus(raw), 0.0)
         cs, total = tl.cumsum(step * rate, axis=0), tl.sum(step * rate, axis=0)
         pace = paces + (program * n_chunks + chunk) * 2 * L + t
         tl.store(pace, step)
@@ -239,7 +246,7 @@ def ssd_backward_bc_kernel(
         h = _state(states, state, n, p, N, P)
         dh = _state(d_states, state, n, p, N, P)
         tl.store(d_decays + state, tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), axis=1), axis=0))
-        # y = W x; rows and columns of one product, so that what cancels in the sum of d_cs does so exactly
+        # y = W x; rows and columns of one product, so that what cancels in the sum of d_cs does so up to rounding
         product = tl.dot(given, tl.trans(x), input_precision=PRECISION) * _decay(t, cs)
         d_scores += product * step[None, :]
         product *= scores
