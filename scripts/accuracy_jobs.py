@@ -47,6 +47,7 @@ VARIANTS = (  # what may reach the goal, and what its parts do alone
     "fac_keys_rope_conv_gated",
     "fac_conv",
     "fac_sum",
+    "fac_keys_rope_sum",
     "fac_rope_conv",
     "fac_keys_rope",
     "flowhn_no_conv",

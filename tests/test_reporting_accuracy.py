@@ -43,13 +43,23 @@ def test_share_of_the_gap_and_of_the_speed():
         "shm": False, "flowhn_no": False, "fac_b": False, "fac_a": True, "flowhn_fac": False, "fac_c": False,
     }  # fmt: skip
     shown = readable_gap(frame.reset_index(), **GAP).set_index("row")
-    assert shown.loc["fac_a", "half the gap at 90 % of the speed"] == "yes"
-    assert shown.loc["fac_b", "half the gap at 90 % of the speed"] == "no"
+    judged = "half the gap to FlowHN No_Split at 90 % of the speed"
+    assert shown.loc["fac_a", judged] == "yes"
+    assert shown.loc["fac_b", judged] == "no"
     reached = [*variants(), fake("flowhn_no_conv", loss=4.4, tps=950.0)]
     shown = readable_gap(gap_table(reached, size="135m", **GAP), **GAP)
-    assert (
-        shown["half the gap at 90 % of the speed"].value_counts()[""] == 4
-    )  # No_Split's variant is none of FAC_Split's
+    assert shown[judged].value_counts()[""] == 4  # No_Split's variant is none of FAC_Split's
+
+
+def test_where_the_first_is_not_ahead_the_next_is_the_goal():
+    records = [fake("flowhn_no", loss=4.9, tps=700.0) if r.cell == "flowhn_no" else r for r in variants()]
+    frame = gap_table(records, size="135m", **GAP)
+    assert set(frame[frame["reached"]]["cell"]) == set()
+    shown = readable_gap(frame, **GAP).set_index("row")["half the gap to SHM at 90 % of the speed"]
+    assert shown["fac_a"] == "no"
+    near = [*records, fake("fac_d", loss=4.45, tps=990.0)]
+    shown = readable_gap(gap_table(near, size="135m", **GAP), **GAP).set_index("row")
+    assert shown.loc["fac_d", "half the gap to SHM at 90 % of the speed"] == "yes"
 
 
 def test_no_gap_is_no_share():
@@ -57,6 +67,8 @@ def test_no_gap_is_no_share():
     frame = gap_table(ahead, size="135m", **GAP).set_index("cell")
     assert frame[["closed_flowhn_no", "closed_shm"]].isna().all(axis=None)
     assert not frame["reached"].any()
+    shown = readable_gap(frame.reset_index(), **GAP).set_index("row")
+    assert shown.loc["fac_a", "half the gap at 90 % of the speed"] == "–"
 
 
 def test_gaps_that_cannot_be_counted_are_refused():

@@ -25,7 +25,7 @@ def gap_table(records: Iterable[RunRecord], *, size: str, of: str, to: list[str]
 
     Columns: ``cell, seeds`` (shared by all rows), ``lr, val_loss, closed_<name>`` (share of the gap to each model of
     ``to``; NaN where there is no gap), ``tps, speed`` (share of the speed of ``of``), ``average`` (accuracy in per cent)
-    and ``reached``: at least half of the gap to the first of ``to`` at no less than 90 % of the speed.
+    and ``reached``: at least half of the gap to :func:`goal_model` at no less than 90 % of the speed.
 
     Raises:
         UserError: no record of ``of``, no seed that all rows share, or records that cannot be pooled.
@@ -44,8 +44,8 @@ def gap_table(records: Iterable[RunRecord], *, size: str, of: str, to: list[str]
     tasks = average_tasks(cells.values())
     rows = [_row(cell, base, {name: cells.get(name) for name in to}, tasks) for cell in cells.values()]
     frame = pd.DataFrame(rows).assign(seeds=", ".join(map(str, sorted(shared))))
-    first = frame[f"closed_{to[0]}"]
-    frame["reached"] = (first >= GOAL) & (frame["speed"] >= LEAST_SPEED)
+    goal = goal_model(frame, to)
+    frame["reached"] = False if goal is None else (frame[f"closed_{goal}"] >= GOAL) & (frame["speed"] >= LEAST_SPEED)
     return frame.sort_values("val_loss", na_position="last").reset_index(drop=True)
 
 
@@ -64,6 +64,11 @@ def _closed(loss: float | None, start: float | None, goal: float | None) -> floa
     return (start - loss) / (start - goal)
 
 
+def goal_model(frame: pd.DataFrame, to: list[str]) -> str | None:
+    """The first of ``to`` that is ahead, to which half of the gap is to be closed; None where none is."""
+    return next((name for name in to if frame[f"closed_{name}"].notna().any()), None)
+
+
 def is_reference(cell: str, *, of: str, to: list[str]) -> bool:
     """The row the gap is counted from, one to reach, or a variant of one to reach: there to compare with, not to be judged."""
     return cell == of or any(cell == name or cell.startswith(f"{name}_") for name in to)
@@ -78,6 +83,8 @@ def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame
     def number(value: Any, form: str) -> str:
         return "–" if value is None or pd.isna(value) else format(value, form)
 
+    goal = goal_model(frame, to)
+    judged = f"half the gap{f' to {long_name(goal)}' if goal else ''} at 90 % of the speed"
     rows = []
     for row in frame.to_dict("records"):
         name = long_name(row["cell"])
@@ -88,6 +95,6 @@ def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame
         shown |= {f"gap to {long_name(name)} closed": percent(row[f"closed_{name}"]) for name in to}
         shown |= {"TPS": number(row["tps"], ",.0f"), f"speed beside {long_name(of)}": percent(row["speed"])}
         shown |= {"average accuracy": number(row["average"], ".2f")}
-        own = is_reference(row["cell"], of=of, to=to)
-        rows.append(shown | {"half the gap at 90 % of the speed": "" if own else "yes" if row["reached"] else "no"})
+        verdict = "–" if goal is None else "yes" if row["reached"] else "no"
+        rows.append(shown | {judged: "" if is_reference(row["cell"], of=of, to=to) else verdict})
     return pd.DataFrame(rows)

@@ -10,13 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from flowhn.reporting import style
-from flowhn.reporting.beyond import GOAL, LEAST_SPEED
+from flowhn.reporting.beyond import GOAL, LEAST_SPEED, goal_model
 
 
 def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: list[str]) -> Figure | None:
     """Validation loss over the share of the speed of ``of``, one marker for each row of a gap table.
 
-    Shaded: at least half of the gap to the first of ``to`` closed, at no less than 90 % of the speed.
+    Shaded: at least half of the gap to the first of ``to`` that is ahead, at no less than 90 % of the speed.
 
     Args:
         frame: as :func:`flowhn.reporting.beyond.gap_table` gives it.
@@ -41,14 +41,15 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
                 label=f"{style.long_name(row.cell)}  {row.val_loss:.3f}",
             )  # fmt: skip
         axes.margins(0.06)
-        if of in losses and to[0] in losses and losses[of] > losses[to[0]]:
-            goal = losses[of] - GOAL * (losses[of] - losses[to[0]])
+        ahead = goal_model(frame, to)
+        if ahead is not None and of in losses and ahead in losses:
+            goal = losses[of] - GOAL * (losses[of] - losses[ahead])
             (left, right), (low, _) = axes.get_xlim(), axes.get_ylim()
             axes.set_xlim(min(left, 100 * LEAST_SPEED - 5), right)
             corner = (100 * LEAST_SPEED, low)
             axes.add_patch(Rectangle(corner, right - corner[0], goal - low, color="#009E73", alpha=0.12, linewidth=0))
             axes.annotate(
-                f"half the gap to {style.long_name(to[0])},\n{100 * LEAST_SPEED:.0f} % of the speed", corner, xytext=(4, 4),
+                f"half the gap to {style.long_name(ahead)},\n{100 * LEAST_SPEED:.0f} % of the speed", corner, xytext=(4, 4),
                 textcoords="offset points", fontsize=7, color="#006B4E", va="bottom",
             )  # fmt: skip
         axes.set_xlabel(f"Tokens/s, % of {style.long_name(of)}'s")

@@ -59,6 +59,7 @@ _LOOKS = {
     "fac_rope_conv": Look("FAC, RoPE, conv", _GREEN, "8", (0, (4, 1.5))),
     "fac_keys_rope_conv": Look("FAC, all keys, RoPE, conv", _GREEN, "p", (0, (1, 1))),
     "fac_sum": Look("FAC, sum fusion", _BROWN, "h", (0, (4, 1.5))),
+    "fac_keys_rope_sum": Look("FAC, all keys, RoPE, sum fusion", _BROWN, "d", (0, (4, 1, 1, 1))),
     "fac_rope_conv_sum": Look("FAC, RoPE, conv, sum fusion", _BROWN, "8", (0, (4, 1.5))),
     "fac_keys_rope_conv_sum": Look("FAC, all keys, RoPE, conv, sum fusion", _BROWN, "P", "-"),
     "fac_keys_rope_conv_gated": Look("FAC, all keys, RoPE, conv, gated fusion", _BROWN, "X", (0, (1, 1))),

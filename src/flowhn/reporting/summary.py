@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from flowhn.reporting import paper
-from flowhn.reporting.beyond import gap_table, is_reference
+from flowhn.reporting.beyond import gap_table, goal_model, is_reference
 from flowhn.reporting.rates import rate_table
 from flowhn.reporting.reasons import depth_lines, equal_cost_lines
 from flowhn.reporting.record import RunRecord, find_records
@@ -240,11 +240,11 @@ def _beyond(records: Sequence[RunRecord], experiments: Path, size: str, setting:
     if not len(fast):
         return [f"Beyond the paper: of {len(tried)} variants of FAC_Split none keeps 90 % of its speed. {link}", ""]
     best = fast.iloc[0]
-    share = best[f"closed_{gap['to'][0]}"]
-    if pd.isna(share):
-        closed = "closes nothing, for No_Split is not ahead,"
+    goal = goal_model(frame, list(gap["to"]))
+    if goal is None:
+        closed = "closes nothing, for no model is ahead,"
     else:
-        closed = f"closes {100 * share:.0f} % of the gap to No_Split"
+        closed = f"closes {100 * best[f'closed_{goal}']:.0f} % of the gap to {long_name(goal)}"
     return [
         f"Beyond the paper: of {len(tried)} variants of FAC_Split, `{best['cell']}` has the lowest loss at 90 % of the speed or "
         f"more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {link}",
