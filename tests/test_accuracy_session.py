@@ -208,12 +208,12 @@ def test_the_planned_session_follows_its_worth(tmp_path):
         "seed-flowhn_fac-s0", "seed-flowhn_fac-s1", "seed-shm-s1",
         "variant-fac_keys_rope_conv_sum-s0", "variant-fac_rope_conv_sum-s0",
     ]  # fmt: skip
-    assert names[15:23] == [
+    assert names[16:24] == [
         "long-flowhn_fac-s1", "long-shm-s1", "seed-flowhn_no-s1", "long-flowhn_no-s1", "seed-llama-s1", "long-llama-s1",
         "seed-mamba2-s1", "long-mamba2-s1",
     ]  # fmt: skip
-    assert names[23:25] == ["variant-fac_thin-s0", "variant-fac_keys_rope_window-s0"]
-    assert [job.kind for job in jobs[30:]] == ["probe"] * 3
+    assert names[24:26] == ["variant-fac_thin-s0", "variant-fac_keys_rope_window-s0"]
+    assert [job.kind for job in jobs[31:]] == ["probe"] * 3
     without = accuracy_jobs.plan_jobs(args.tokens, 1, "seed,variant", committed={("flowhn_no", 1)})
     assert "seed-flowhn_no-s1" not in {job.name for job in without}
     one, two = (accuracy_jobs.timetable(jobs, gpus=gpus, seconds=1350) for gpus in (1, 2))
