@@ -49,7 +49,7 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
             corner = (100 * LEAST_SPEED, low)
             axes.add_patch(Rectangle(corner, right - corner[0], goal - low, color="#009E73", alpha=0.12, linewidth=0))
             axes.annotate(
-                f"half the gap to {style.long_name(ahead)},\n{100 * LEAST_SPEED:.0f} % of the speed", corner, xytext=(4, 4),
+                f"half the gap\nto {style.long_name(ahead)},\n{100 * LEAST_SPEED:.0f} % of the speed", corner, xytext=(4, 4),
                 textcoords="offset points", fontsize=7, color="#006B4E", va="bottom",
             )  # fmt: skip
         axes.set_xlabel(f"Tokens/s, % of {style.long_name(of)}'s")
