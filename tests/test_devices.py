@@ -35,6 +35,7 @@ def record_of(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_two_processes_train_what_one_does(tmp_path):
     words = ["model=flowhn", "device=cpu", "budget=4096", "val_points=2", "val_rows=6", "eval=docs", "eval.limit=4",
              f"cache_dir={tmp_path}/cache"]  # fmt: skip

@@ -217,7 +217,8 @@ def test_the_command_line_says_one_sentence_and_exits_2(tmp_path):
     assert out == ""
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow  # .ci/run runs it
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_goes_on_from_its_checkpoint(how, tmp_path, home, two_models):
     words = ["table1", "models=[llama]", "budget=61440", "val_points=2", "val_rows=4", "eval=none", home[1],
              f"output_dir={tmp_path}", "trainer.checkpoint.every_n_steps=5", "trainer.checkpoint.seconds=null"]  # fmt: skip
