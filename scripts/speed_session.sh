@@ -24,7 +24,8 @@ left() { echo $((limit - ($(date +%s) - begun))); }
 bench() {  # words of flowhn-bench; MOST=... seconds that it may take at most
   local seconds
   seconds=$(left)
-  timeout "$((seconds < ${MOST:-seconds} ? seconds : ${MOST:-seconds}))" "$python" -m flowhn.bench "output_dir=$work" ${COMMIT:+"commit='$COMMIT'"} "repeat=${REPEAT:-0}" \
+  [ "${MOST:-$seconds}" -ge "$seconds" ] || seconds=$MOST
+  timeout "$seconds" "$python" -m flowhn.bench "output_dir=$work" ${COMMIT:+"commit='$COMMIT'"} "repeat=${REPEAT:-0}" \
     steps_per_window=4 cell_timeout_s=300 "$@" 2>&1 | grep -iE "^\[|tokens/s at|prepared|error|memory|failed|timed"
 }
 step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY asks for others

@@ -115,7 +115,7 @@ def _waits(spec, answer, log):
     bench_process._end_with_parent()
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # .ci/run runs it
 def test_a_cell_ends_when_its_benchmark_is_gone(tmp_path):
     """A plain kill of the benchmark alone: the cell must not keep the GPU, nor the caller's pipe open."""
     code = (

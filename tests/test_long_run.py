@@ -140,7 +140,7 @@ def test_sampled_pieces_are_every_so_many(tmp_path):
         assert sample == [f"document {number}" for number in range(0, 300, stride)]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # .ci/run runs it
 def test_training_and_its_logs_stay_bounded(tmp_path):
     memory, logs = long_run.training(tmp_path, steps=300)
     assert memory["steps"] == logs["steps"] == 300

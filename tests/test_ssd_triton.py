@@ -151,7 +151,7 @@ def test_operators_give_shapes_without_a_gpu():
     leaves, dy = ssd_case(shape, "meta", torch.bfloat16)
     y, states, paces = kernel_forward(leaves[0], leaves[1][..., :4], *leaves[2:], 2, 24, [64])
     assert (y.shape, states.shape, paces.shape) == (dy.shape, (2, 4, 3, 24, 16), (2, 4, 3, 2, 64))
-    found = kernel_backward(dy, leaves[0], leaves[1][..., :4], *leaves[2:], states, paces, 2, 24, [64])
+    found = kernel_backward(dy, leaves[0], leaves[1][..., :4], *leaves[2:4], states, paces, 2, 24, [64])
     assert [tuple(grad.shape) for grad in found] == [(2, 130, 160), (2, 130, 4), (4,), (4,), (4,)]
 
 

@@ -148,7 +148,6 @@ def kernel_backward(
     dt: Tensor,
     A: Tensor,
     D: Tensor,
-    dt_bias: Tensor,
     states: Tensor,
     paces: Tensor,
     n_groups: int,
@@ -157,7 +156,7 @@ def kernel_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of xbc, dt, A, D, dt_bias."""
     if not dy.numel():
-        return tuple(tensor.new_zeros(tensor.shape) for tensor in (xbc, dt, A, D, dt_bias))
+        return tuple(tensor.new_zeros(tensor.shape) for tensor in (xbc, dt, A, D, A))
     from flowhn.models.mixers import ssd_triton_kernels as kernels  # needs Triton
 
     cut = Tiles(*tiles)
@@ -211,19 +210,18 @@ def _(
     dt: Tensor,
     A: Tensor,
     D: Tensor,
-    dt_bias: Tensor,
     states: Tensor,
     paces: Tensor,
     n_groups: int,
     d_state: int,
     tiles: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    d_xbc, d_dt, dA, dD, d_bias = (t.new_empty(t.shape) for t in (xbc, dt, A, D, dt_bias))
+    d_xbc, d_dt, dA, dD, d_bias = (t.new_empty(t.shape) for t in (xbc, dt, A, D, A))
     return d_xbc, d_dt, dA, dD, d_bias
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.n_groups, ctx.d_state, ctx.tiles = inputs
+    *tensors, _, ctx.n_groups, ctx.d_state, ctx.tiles = inputs  # not dt_bias: it is in the steps
     ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 

@@ -62,12 +62,6 @@ def _decay(t, cs):
 
 
 @triton.jit
-def _decay_from(t, cs):
-    """:func:`_decay` with its sources s in rows."""
-    return tl.exp(tl.where(t[:, None] <= t[None, :], cs[None, :] - cs[:, None], float("-inf")))
-
-
-@triton.jit
 def _place(n_heads, n_groups, n_chunks, n_blocks):
     """Sequence, chunk, block of heads and its group of a program that takes one chunk."""
     program = tl.program_id(0).to(tl.int64)
@@ -201,7 +195,7 @@ def ssd_backward_x_kernel(
         dh = _state(d_states, state, n, p, N, P)
         dx = tl.dot(keys, dh, input_precision=PRECISION) * tl.exp(total - cs)[:, None]
         tl.store(d_paces + (state * 4 + 2) * L + t, tl.sum(dx * x, axis=1))
-        weights = (scores * _decay_from(t, cs)).to(kind)
+        weights = (scores * tl.trans(_decay(t, cs))).to(kind)
         dx += tl.dot(weights, given, input_precision=PRECISION)
         given_wide = given.to(tl.float32)
         tl.store(d_paces + (state * 4 + 3) * L + t, tl.sum(given_wide * x, axis=1))
@@ -246,7 +240,7 @@ def ssd_backward_bc_kernel(
         h = _state(states, state, n, p, N, P)
         dh = _state(d_states, state, n, p, N, P)
         tl.store(d_decays + state, tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), axis=1), axis=0))
-        # y = W x; rows and columns of one product, so that what cancels in the sum of d_cs does so up to rounding
+        # y = W x; rows and columns of one product, whose sums cancel in that of d_cs up to rounding
         product = tl.dot(given, tl.trans(x), input_precision=PRECISION) * _decay(t, cs)
         d_scores += product * step[None, :]
         product *= scores
