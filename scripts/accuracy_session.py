@@ -224,6 +224,16 @@ def prepare_data(session: Session) -> None:
     )
 
 
+def build_long_questions(config: dict[str, Any], prepared: Any, workshop: Any, words: list[str]) -> None:
+    """In the process that is forked: the first model asked on each GPU would otherwise wait two minutes for them."""
+    from flowhn.run_long_context import long_suite
+
+    workshop.prepare(config)
+    tokenizer = workshop.tokenizer(prepared)
+    suite = long_suite(words)
+    workshop.evaluator(config, suite=suite, tokenizer=tokenizer, heldout_file=prepared.heldout_file).encode(tokenizer)
+
+
 def daemon(args: argparse.Namespace) -> None:
     """Prepare once, then one process per GPU, forked so that all of them share data, questions and their tokens."""
     check_gpus(args.gpus)
@@ -262,6 +272,10 @@ def daemon(args: argparse.Namespace) -> None:
         workshop.prepare(config)
         evaluator.encode(workshop.tokenizer(prepared))
         session.say(f"requests tokenised in {time.time() - begun:.0f} s")
+    if long := [job for job in session.jobs if job.kind == "long"]:
+        begun = time.time()
+        build_long_questions(session.run_of(long[0]).config, prepared, workshop, args.long_override)
+        session.say(f"long contexts built and tokenised in {time.time() - begun:.0f} s")
     import flowhn.training  # noqa: F401  (imported once, before the fork)
 
     workers: dict[int, Any] = {}

@@ -37,7 +37,8 @@ step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY a
 # What no session has measured yet comes first, then what belongs into one run, then repeats, which tell the spread within a session.
 # transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair.
 if need_packages mamba_ssm causal_conv1d; then
-  MOST=300 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1,mamba2,peer_mamba2]' prepare=3
+  MOST=150 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' prepare=4
+  MOST=150 step bench=peers 'models=[mamba2,peer_mamba2]' prepare=2
 fi
 step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true prepare=3
 step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,llama,shm,flowhn_fac]' profile=true

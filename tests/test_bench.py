@@ -417,6 +417,32 @@ def test_a_peers_kernels_are_the_functions_that_transformers_chose(monkeypatch):
     assert peer_kernels("mamba1")["ssm"] == "torch.nn.functional"
 
 
+def test_a_compiled_peer_runs_its_kernel_outside_the_graph(monkeypatch):
+    """is_exporting() is true while Dynamo traces: traced, transformers' wrapper would choose its loop over tokens."""
+    from transformers.models.mamba import modeling_mamba
+
+    traced, choose = [], modeling_mamba.mamba_inner_fn
+
+    def watched(*args, **kwargs):
+        traced.append(torch.compiler.is_compiling())
+        return choose(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_mamba, "mamba_inner_fn", watched)
+    peer = build_peer("mamba1", to_dict(compose("train", ["model=mamba1", "size=tiny"])))
+    ids = torch.randint(2048, (1, 9))
+    torch.compile(peer, backend="eager")(ids[:, :-1], ids[:, 1:])
+    assert traced
+    assert not any(traced)
+
+
+def test_a_peer_without_its_kernels_is_not_timed_on_a_gpu(monkeypatch):
+    with pytest.raises(UserError, match=r"peer_mamba1 .*models="):
+        bench_cell._check_peer("mamba1", torch.device("cuda"))
+    monkeypatch.setattr(bench_cell, "peer_kernels", lambda name: {"ssm": "mamba_ssm.ops.selective_scan_interface"})
+    bench_cell._check_peer("mamba1", torch.device("cuda"))
+    bench_cell._check_peer("llama", torch.device("cpu"))
+
+
 def test_goals_of_length_and_of_the_published_code():
     records = [fake("flowhn_fac", 1_000_000), fake("flowhn_fac", 900_000, seq_len=8192)]
     frame = goals(records)

@@ -40,6 +40,24 @@ def test_requests_are_tokenised_once_for_all_models():
     assert counting.calls - before == 2
 
 
+def test_a_tokenizer_that_can_take_many_texts_is_asked_once():
+    class Batches(Counting):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batches = 0
+
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            self.batches += 1
+            return [tokenizer().encode(text) for text in texts]
+
+    batches, one_by_one, kept, expected = Batches(), Counting(), {}, {}
+    FlowHNLM(nn.Identity(), batches, max_length=1, encoded=kept).encode(requests(*PAIRS))
+    FlowHNLM(nn.Identity(), one_by_one, max_length=1, encoded=expected).encode(requests(*PAIRS))
+    assert kept == expected
+    assert (batches.batches, batches.calls) == (1, 0)
+    assert one_by_one.calls > len(kept)
+
+
 def test_a_model_fresh_from_compiled_training_is_not_compiled_for_the_questions():
     compiled = []
 

@@ -19,6 +19,7 @@ from flowhn.benchmark import describe_device, device_synchronize, peak_flops
 from flowhn.benchmark.peaks import compute_dtype, measured_matmul
 from flowhn.benchmark.peers import build_peer, peer_kernels
 from flowhn.config import build_model, compose, to_dict
+from flowhn.errors import UserError
 from flowhn.models.kernels import kernels_used
 from flowhn.training.hardware import resolve_hardware
 from flowhn.training.lit_lm import LitLM
@@ -86,6 +87,7 @@ def _build(spec: Mapping[str, Any], config: Mapping[str, Any], device: torch.dev
         module = build_peer(spec["peer"], config) if spec["peer"] else build_model(config)
     module = module.to(device).train()
     if spec["peer"]:
+        _check_peer(spec["peer"], device)
         run = torch.compile(module, dynamic=False) if compiles else module
         return Step(run, module, build_optimizer(module, config["optimizer"]), autocast, device)
     net = module
@@ -97,6 +99,16 @@ def _build(spec: Mapping[str, Any], config: Mapping[str, Any], device: torch.dev
         return training_loss(net.body(input_ids), head.weight, getattr(head, "bias", None), labels, plain=lit._loss)
 
     return Step(loss, net, build_optimizer(net, config["optimizer"]), autocast, device)
+
+
+def _check_peer(name: str, device: torch.device) -> None:
+    """Raises UserError on a GPU without the kernels that transformers' models are written for: no fair comparison."""
+    ssm = peer_kernels(name)["ssm"]
+    if device.type == "cuda" and ssm is not None and not ssm.startswith("mamba_ssm"):
+        raise UserError(
+            f"peer_{name} would run transformers' loop over tokens ({ssm}): pip install mamba-ssm causal-conv1d, or leave it out "
+            "of models="
+        )
 
 
 def _tokens(spec: Mapping[str, Any], batch: int, vocab_size: int, device: torch.device) -> tuple[Tensor, Tensor]:

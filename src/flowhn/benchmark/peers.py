@@ -39,6 +39,9 @@ class Peer(nn.Module):
 def build_peer(name: str, config: Mapping[str, Any]) -> Peer:
     """transformers' model with the sizes of a resolved config of ours (``model`` and ``size`` of it).
 
+    The function of :data:`_SCANS` stays outside compiled graphs: ``torch.compile`` takes ``torch.compiler.is_exporting()``
+    for true (torch 2.11), so that transformers would leave mamba_ssm's kernels for its loop over tokens, and Dynamo unrolls it.
+
     Raises:
         UserError: no such peer.
     """
@@ -47,6 +50,8 @@ def build_peer(name: str, config: Mapping[str, Any]) -> Peer:
     size = config["size"]
     if name not in PEERS:
         raise UserError(f"there is no peer {name}; choose one of {', '.join(PEERS)}")
+    if name in _SCANS:
+        _keep_out_of_graphs(*_SCANS[name])
     common = {
         "vocab_size": config["vocab_size"],
         "hidden_size": size["d_model"],
@@ -77,6 +82,14 @@ def build_peer(name: str, config: Mapping[str, Any]) -> Peer:
     return Peer(transformers.JambaForCausalLM(made))
 
 
+def _keep_out_of_graphs(module_name: str, function: str) -> None:
+    """Have torch.compile break its graph at a function of a module and call it as it is."""
+    module = import_module(module_name)
+    found = getattr(module, function, None)
+    if found is not None and not hasattr(found, "_torchdynamo_disable"):
+        setattr(module, function, torch.compiler.disable(found))
+
+
 def peer_kernels(name: str) -> dict[str, str | None]:
     """What a peer runs, as our models' records say it: ``{"ssm", "attention"}``.
 
@@ -88,5 +101,8 @@ def peer_kernels(name: str) -> dict[str, str | None]:
         return {"ssm": None, "attention": attention}
     module, function = _SCANS[name]
     found = getattr(import_module(module), function, None)
-    chosen = inspect.getclosurevars(found).nonlocals.get("implementation") if inspect.isfunction(found) else None
+    if not inspect.isfunction(found):
+        return {"ssm": "unknown", "attention": attention}
+    chooser = inspect.unwrap(found, stop=lambda inner: "implementation" in inspect.getclosurevars(inner).nonlocals)
+    chosen = inspect.getclosurevars(chooser).nonlocals.get("implementation")
     return {"ssm": getattr(chosen, "__module__", "unknown"), "attention": attention}
