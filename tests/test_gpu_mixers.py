@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from flowhn.models import kernels
 from flowhn.models.mixers import Attention, Mamba1, Mamba2
-from flowhn.models.mixers.attention import window_mask
+from flowhn.models.mixers.attention import flash_takes, window_mask
 from flowhn.models.mixers.ssd import ssd_scan
 from flowhn.models.mixers.ssd_cuda import mamba_ssm_ssd
+from flowhn.models.splits.base import count, gather
 
 pytestmark = pytest.mark.gpu
 LENGTHS = (1, 2, 7, 64, 255, 447, 1023, 4096)
@@ -149,6 +150,35 @@ def test_attention(name, n_tokens, dtype, compare):
         kept = [i for i in range(len(found)) if i < 2 or keys[i - 2] not in ("q_proj.weight", "k_proj.weight")]
         found, wanted = ([tensors[i] for i in kept] for tensors in (found, wanted))
     compare_all(compare, f"attention, {name}", "softmax of all scores in float64", dtype, found, wanted)
+
+
+class Asking(nn.Module):
+    """The outputs of the tokens that ask."""
+
+    def __init__(self, mixer, queries):
+        super().__init__()
+        self.mixer, self.queries = mixer, queries
+
+    def forward(self, x):
+        if isinstance(self.mixer, Attention):
+            return self.mixer(x, queries=self.queries)
+        return gather(self.mixer(x), self.queries)
+
+
+@pytest.mark.parametrize("queries", [((0, 447),), ((577, 1024),), ((130, 577),), ((0, 317), (894, 1024))])
+@pytest.mark.parametrize("name", list(ATTENTIONS)[:2])
+def test_attention_of_some_tokens_to_all(name, queries, compare):
+    """split.keys=all on flash attention's own causal mask, under autocast and compiled as training runs it."""
+    torch.manual_seed(queries[0][1])
+    with torch.device("cuda"):
+        mixer = Attention(**ATTENTIONS[name])
+        x, dy = torch.randn(2, 1024, mixer.d_model), torch.randn(2, count(queries), mixer.d_model)
+        assert flash_takes(torch.empty(1, 1, 1, mixer.d_head, dtype=torch.bfloat16))
+    found = mixer_run(torch.compile(Asking(mixer, queries), fullgraph=True, dynamic=False), x, dy, autocast=True)
+    wanted = mixer_run(Asking(NaiveAttention(mixer), queries).double(), x.double(), dy.double())
+    compare_all(
+        compare, f"attention to all keys, {name}", "softmax of all scores in float64", torch.bfloat16, found, wanted
+    )
 
 
 MIXERS = {

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from flowhn.errors import UserError
 from flowhn.models.blocks import ParallelBlock
 from flowhn.models.fusions import ConcatProj
 from flowhn.models.lm import CausalLM
-from flowhn.models.mixers import Attention, Mamba1
+from flowhn.models.mixers import Attention, Mamba1, attention
 from flowhn.models.splits import (
     AlternatingEqualSplit,
     FlopAwareCirculatingSplit,
@@ -65,10 +66,12 @@ def tokens(ranges) -> list[int]:
     return [t for start, stop in ranges for t in range(start, stop)]
 
 
+@pytest.mark.parametrize("tails", [False, True])  # True: as on CUDA, where only the asking tokens cost anything
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("cls", SPLITS)
-def test_equals_attention_with_an_explicit_mask(cls, window, rope):
+def test_equals_attention_with_an_explicit_mask(cls, window, rope, tails, monkeypatch):
+    monkeypatch.setattr(Attention, "_takes_tails", lambda own, q: tails)
     for layer_idx in range(3):
         own = block(cls(keys="all", window=window), layer_idx=layer_idx, rope=rope).double()
         x = torch.randn(1, 13, 16, dtype=torch.float64)
@@ -216,6 +219,23 @@ def test_compiles_in_one_graph_and_gives_the_same():
     x = torch.randn(2, 12, 16)
     compiled = torch.compile(own, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x)[0], own(x)[0], atol=1e-6)
+
+
+def test_flash_attention_is_asked_only_for_what_it_takes(monkeypatch):
+    monkeypatch.setattr(attention, "flash_sdpa_usable", lambda: True)
+    assert not attention.flash_takes(torch.empty(1, 4, 9, 24, dtype=torch.bfloat16))  # on a CPU
+    with FakeTensorMode():
+        for dtype, d_head, takes in (
+            (torch.bfloat16, 24, True), (torch.float16, 256, True), (torch.float32, 24, False), (torch.bfloat16, 20, False),
+            (torch.bfloat16, 264, False),
+        ):  # fmt: skip
+            assert attention.flash_takes(torch.empty(1, 4, 9, d_head, dtype=dtype, device="cuda")) is takes
+
+
+def test_a_causal_tail_sees_the_last_key_from_its_last_query():
+    q, k, v = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 7, 8), torch.randn(1, 2, 7, 8)
+    whole = attention.causal_tail(torch.cat([torch.randn(1, 4, 4, 8), q], dim=2), k, v)
+    assert torch.allclose(attention.causal_tail(q, k, v), whole[:, :, 4:], atol=1e-6)
 
 
 def test_unknown_keys_are_refused():

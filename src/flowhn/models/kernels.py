@@ -148,9 +148,20 @@ def triton_usable() -> bool:
     return _triton_usable()
 
 
+@cache
+def _flash_sdpa_usable() -> bool:
+    return torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
+
+
+@torch.compiler.assume_constant_result
+def flash_sdpa_usable() -> bool:
+    """Whether torch was built with flash attention and the CUDA device is one that it was built for; cached."""
+    return _flash_sdpa_usable() and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def clear_cache() -> None:
     """Forget what was probed, for tests and for a package installed while the process runs."""
-    for function in (_probe, _resolve_ssm, _resolve_attention, _triton_usable):
+    for function in (_probe, _resolve_ssm, _resolve_attention, _triton_usable, _flash_sdpa_usable):
         function.cache_clear()
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from flowhn.errors import UserError
 from flowhn.models.cache import KVCache, Sight
-from flowhn.models.kernels import resolve_attention
+from flowhn.models.kernels import flash_sdpa_usable, resolve_attention
 from flowhn.models.splits.base import Ranges, count, gather, spread
 
 
@@ -67,6 +67,28 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     cos, sin = rope_tables(positions, x.shape[-1], theta, wide)  # (T, d_head / 2)
     first, second = x.to(wide).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def causal_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the last n of m tokens, each seeing all before it and itself: (B, H, n, d_head) -> the same shape.
+
+    On CUDA torch's flash attention, which alone among SDPA's kernels aligns a causal mask with the last key; its operator is
+    called directly, since ``scaled_dot_product_attention(is_causal=True)`` means the first key and would need a dense mask here.
+
+    Args:
+        q: (B, H, n, d_head); on CUDA see :func:`flash_takes`.
+        k, v: (B, n_kv_heads, m, d_head), m at least n.
+    """
+    if q.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)[0]
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def flash_takes(q: Tensor) -> bool:
+    """Whether torch's flash attention can be called for these queries as they are."""
+    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return q.is_cuda and fits and flash_sdpa_usable()
 
 
 class Attention(nn.Module):
@@ -164,20 +186,44 @@ class Attention(nn.Module):
         if queries is not None:
             x = x[:, : queries[-1][1] if queries else 0]  # nobody asks for what comes later
         k, v = self.project_kv(x, positions) if kv is None else kv
-        q = self._rotate(self._project_q(x, queries), positions)  # (B, H, T, d_head)
+        q = self._split_heads(self.q_proj(x if queries is None else gather(x, queries)))  # (B, H, n, d_head)
+        if queries and self._takes_tails(q):
+            y = self._attend_tails(q, k, v, positions, queries)
+            return self.o_proj(y.transpose(1, 2).flatten(2))
+        if queries is not None:
+            q = self._spread(q, queries, x.shape[1])
+        q = self._rotate(q, positions)
         y = self._attend(q, k, v) if x.shape[1] else q
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * d_head)
         return self.o_proj(y if queries is None else gather(y, queries))
 
-    def _project_q(self, x: Tensor, queries: Ranges | None) -> Tensor:
-        """(B, T, D) -> (B, H, T, d_head). Tokens that do not ask get a query of zeros and their row is thrown away.
+    def _split_heads(self, q: Tensor) -> Tensor:
+        return q.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
+
+    def _spread(self, q: Tensor, queries: Ranges, n_tokens: int) -> Tensor:
+        """(B, H, n, d_head) -> (B, H, T, d_head). Tokens that do not ask get a query of zeros and their row is thrown away.
 
         So SDPA sees one causal square, for which it has its fast kernels on every device, where queries fewer than keys
-        would need a dense mask (or one call for each range). It costs no more than No_Split's attention does.
+        would need a dense mask. It costs no more than No_Split's attention does.
         """
-        q = self.q_proj(x if queries is None else gather(x, queries))
-        q = q if queries is None else spread(q, queries, x.shape[1])
-        return q.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
+        return spread(q.transpose(1, 2), queries, n_tokens).transpose(1, 2)
+
+    def _takes_tails(self, q: Tensor) -> bool:
+        """Whether a kernel computes a causal trapezium, so that tokens that do not ask cost nothing."""
+        if self.sliding_window is not None:
+            return False
+        return resolve_attention(self.backend, q.device.type) == "flash_attn" or flash_takes(q)
+
+    def _attend_tails(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, queries: Ranges) -> Tensor:
+        """As :meth:`_attend` for the queries alone, one call for each range: (B, H, n, d_head) -> the same shape."""
+        if self.rope:
+            every = torch.arange(k.shape[2], device=q.device) if positions is None else positions
+            q = self._rotate(q, torch.cat([every[start:stop] for start, stop in queries]))
+        tail = self._flash if resolve_attention(self.backend, q.device.type) == "flash_attn" else causal_tail
+        ends = [stop for _, stop in queries]
+        pieces = q.split([stop - start for start, stop in queries], dim=2)
+        done = [tail(piece, k[:, :, :end], v[:, :, :end]) for piece, end in zip(pieces, ends, strict=True)]
+        return done[0] if len(done) == 1 else torch.cat(done, dim=2)
 
     def new_cache(self, *, window: int | None = None) -> KVCache:
         """An empty cache of this attention's keys and values.
@@ -216,7 +262,8 @@ class Attention(nn.Module):
             sight = cache.append(*self.project_kv(x, positions))
         if queries is not None and not count(queries):
             return x[:, :0], sight
-        q = self._rotate(self._project_q(x, queries), positions)  # (B, H, n, d_head)
+        q = self._split_heads(self.q_proj(x if queries is None else gather(x, queries)))
+        q = self._rotate(q if queries is None else self._spread(q, queries, x.shape[1]), positions)  # (B, H, n, d_head)
         y = self._attend_back(q, sight) if start else self._attend(q, sight.k, sight.v)
         y = y.transpose(1, 2).flatten(2)  # (B, n, H * d_head)
         return self.o_proj(y if queries is None else gather(y, queries)), sight
@@ -249,7 +296,7 @@ class Attention(nn.Module):
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.n_kv_heads != self.n_heads
         )
 
-    def _flash(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    def _flash(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
         if q.dtype not in (torch.bfloat16, torch.float16):
             raise UserError(f"attention=flash_attn cannot run in {q.dtype}; use precision=bf16-mixed or attention=sdpa")
         from flash_attn import flash_attn_func  # optional package: kernels.py has probed it
