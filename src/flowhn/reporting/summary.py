@@ -11,7 +11,7 @@ import pandas as pd
 
 from flowhn.reporting import paper
 from flowhn.reporting.beyond import gap_table, goal_model, is_reference
-from flowhn.reporting.rates import rate_table
+from flowhn.reporting.rates import chosen_rates, rate_table
 from flowhn.reporting.reasons import depth_lines, equal_cost_lines
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.speeds import DaySpread, day_spreads
@@ -46,7 +46,7 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
         *_verdict_lines(records, size, day_spreads(experiments)),
         "",
     ]
-    parts += _rates(find_records(experiments / "table1_lr" / setting / "records"))
+    parts += _rates(find_records(experiments / "table1_lr" / setting / "records"), records)
     parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen)]
     shown = {f"loss_vs_{axis.lower()}": f"validation loss over training {axis}" for axis in ("time", "FLOPs")}
     parts += _pictures(experiments, "table1", setting, shown)
@@ -192,19 +192,28 @@ def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
     ]
 
 
-def _rates(records: Sequence[RunRecord]) -> list[str]:
-    if not records:
+def _rates(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[str]:
+    """What rates were chosen, and which rows of the table (``records``) were trained at another: before that was tried."""
+    if not tried:
         return []
-    frame = rate_table(records)
+    frame = rate_table(tried)
     told = ", ".join(_rate(frame[frame["family"] == family]) for family in frame["family"].unique())
-    tried = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
+    rates = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
     tokens = int(frame["tokens"].iloc[0])
-    lines = [f"Learning rates, chosen per family among {tried} at {tokens:,} tokens: {told}."]
+    lines = [f"Learning rates, chosen per family among {rates} at {tokens:,} tokens: {told}."]
     heirs = [
         long_name(f"flowhn_{split}") for split in ("no", "ae", "fa") if f"flowhn_{split}" not in set(frame["family"])
     ]
     if "flowhn" in set(frame["family"]):
-        lines[0] += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate: of FlowHN it alone was tried."
+        lines[0] += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate, not tried themselves."
+    chosen, others = chosen_rates(tried), {}
+    for record in records:
+        wanted, rate = chosen.get(record.cell, chosen.get(record.model)), float(record.config.get("lr", 0.0))
+        if wanted is not None and rate and rate != wanted:
+            others[long_name(record.cell)] = f"{rate:g}"
+    if others:
+        told = ", ".join(f"{name} at {rate}" for name, rate in others.items())
+        lines[0] += f" Trained at another rate than that, before it was tried: {told}."
     return [*lines, ""]
 
 
