@@ -45,7 +45,10 @@ def test_every_committed_table_is_on_the_page_with_its_figures_and_records(page)
         assert folder.relative_to(ROOT).as_posix() in text
     assert text.count("<img ") == sum(len(list(folder.glob("*.png"))) for folder in folders)
     records = [
-        path for folder in folders for kind in ("records", "measurements") for path in (folder / kind).glob("*.json")
+        path
+        for folder in folders
+        for kind in ("records", "measurements", "evals")
+        for path in (folder / kind).glob("*.json")
     ]
     assert text.count("<details ") == len(records)
     assert "./reproduce.sh table1" in text
