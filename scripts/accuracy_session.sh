@@ -10,17 +10,19 @@
 # Afterwards, at home: python scripts/accuracy_session.py keep accuracy.tgz && python scripts/refresh_experiments.py
 #
 # The plan, with seconds and when each job would end on one and on two GPUs: python scripts/accuracy_session.py plan $SESSION_WORDS
-# (speeds of one H200: FAC, FA, AE 0.9M tokens/s, Llama 0.83M, No 0.7M, SHM and Jamba 0.64M, Mamba-2 0.47M, Mamba-1 0.4M, Hymba 0.3M;
+# (speeds of one H200: FAC, FA, AE 0.9M tokens/s, Llama 0.83M, No 0.7M, SHM and Jamba 0.64M, Mamba-2 0.63M, Mamba-1 0.4M, Hymba 0.3M;
 # beside the training 10 s a run for building and (cached) compiling and 18 s for the evaluation of seven sets, as measured in the first
-# session on 25 November 2026; 60 s a model for long context and 60 s for preparing are assumed). In GPU-seconds:
+# session on 25 November 2026; 12 s a model for long contexts and 80 s for preparing, questions included). In GPU-seconds:
 #   12 learning rates         4M tokens, three rates for each family       190
 #   ten models                30M tokens: training 510, 28 s each beside   790
 #   three second seeds        No, FAC, SHM                                 210
-#   eight FAC variants        33 s training each                           490
-#   long context              five models at 60 s, and those not trained   300
+#   twenty variants           FAC's 33 s training each, 61 s in all       1240
+#   long context              five models at 12 s, and those not trained    60
 # The list is in order of worth; what does not fit is left out and told. A session without the ten models takes the rates in table1.yaml, does
 # not repeat a second seed that is committed, and tries its own rates last. FAC_Split is timed again beside the variants:
 #   SESSION_WORDS="--kinds seed,variant,probe,long --extra flowhn_fac:0 --extra llama:1 --extra mamba2:1 --long-seed 1" SECONDS_ALL=850 GPUS=1
+# Variants asked for by name come first, then the rest: the ten rows of Table 1 timed anew beside them, say, at the rates in table1.yaml:
+#   SESSION_WORDS="--kinds table,variant --variants fac_keys_rope_conv_gated,fac_keys_rope_conv_sum"
 # Nothing of a run but its record comes home (optimiser state is never written, the weights stay on the machine).
 set -uo pipefail
 cd "$(dirname "$0")/.."

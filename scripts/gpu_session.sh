@@ -2,11 +2,11 @@
 # A whole session on a lent machine of two GPUs: models are trained on GPU 0 (accuracy_session.sh), steps are timed on GPU 1
 # (speed_session.sh), GPU tests at the end; every call brings home all that there is, so that a lost machine costs one call at most.
 # Calls must follow each other within 30 seconds, or the machine goes back: have the next one ready. COMMIT=... names the code.
-#   bash scripts/gpu_session.sh packages        call 1, carrying build/site.tar.xz and build/mamba.tar.xz; tries a tiny cell and SSD's tilings
+#   bash scripts/gpu_session.sh packages        call 1, carrying build/site.tar.xz and build/mamba.tar.xz; tries what no GPU has run yet
 #   bash scripts/gpu_session.sh go 560          call 2, carrying .data: training begins, and timing
 #   bash scripts/gpu_session.sh go 560          call 3, carrying build/conv.tar.xz: goes on, with transformers' Mamba to compare with
-#   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests first, then goes on; seconds as many as are left, less 15
-# SECONDS_ALL=1480: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.
+#   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests on GPU 0 as soon as training has ended there; seconds as many as are left, less 15
+# SECONDS_ALL=1150: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.
 # On a fresh machine after a lost one, calls 1 and 2 again: ACCURACY_RECORDS=accuracy.tgz and BENCH_RECORDS=bench.tgz, carried, go on from what came home.
 # $OUT gets accuracy.tgz (accuracy_session.py keep), bench.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
 # beside a group of tests that ended with 124 (out of time) lacks that group's comparisons and is not to be committed.
@@ -15,6 +15,8 @@ cd "$(dirname "$0")/.."
 begun=$(date +%s) phase=${1:?packages or go} limit=${2:-0} also=${3:-}
 out=${OUT:-outputs} site=${SITE:-/tmp/site} kept=${KEPT:-/tmp/kept} accuracy=/tmp/accuracy
 mkdir -p "$out" "$kept"
+# Rows whose attention sees all keys are timed anew: since their last records only the tokens that ask are computed.
+variants=fac_keys_rope_conv_gated,fac_keys_rope_conv_sum,fac_keys_rope_conv,fac_keys_rope,fac_keys,fac_bf16_residual
 left() { echo $((limit - ($(date +%s) - begun))); }
 
 if [ "$phase" = packages ]; then
@@ -26,15 +28,24 @@ if [ "$phase" = packages ]; then
     grep -iE "tokens/s at|failed|error"
   PYTHONPATH=src:$site timeout 60 "${PYTHON:-python3}" -c "from flowhn.benchmark.kernel_checks import check_kernel as check
 print(check('mamba2', 'triton', 'cuda'))" 2>&1 | tail -n 3
-  PYTHONPATH=src:$site timeout 90 "${PYTHON:-python3}" scripts/bench_ssd.py 2>&1 | grep -v -i warn
+  CUDA_VISIBLE_DEVICES=0 PYTHONPATH=src:$site timeout 100 "${PYTHON:-python3}" -m pytest -q -m gpu -p no:cacheprovider \
+    tests/test_gpu_mixers.py -k some_tokens 2>&1 | tail -n 12 >"$kept/tails.log" &
+  export CUDA_VISIBLE_DEVICES=1
+  PYTHONPATH=src:$site timeout 60 "${PYTHON:-python3}" scripts/bench_attention.py 2>&1 | grep -v -i warn
+  for segments in 1 2 4; do
+    PYTHONPATH=src:$site timeout 40 "${PYTHON:-python3}" scripts/bench_scan.py --shapes 32,1024,1536,16 \
+      --tiles "4,8,64,1,128,1,1,$segments" "4,8,64,1,64,1,1,$segments" 2>&1 | grep triton
+  done
+  wait
+  cat "$kept/tails.log"
   exit
 fi
 [ "$limit" -ge 60 ] || { echo "say how many seconds this call may take, 60 or more: gpu_session.sh go 560" >&2; exit 2; }
 [ "$phase" = go ] || { echo "no phase $phase: packages or go" >&2; exit 2; }
 # Files, not pipes, and no input: the daemon outlives this call and must not hold its output open.
 train() {
-  WORK=$accuracy RECORDS=${ACCURACY_RECORDS:-} CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept" WAIT=1 SECONDS_ALL="${SECONDS_ALL:-1480}" \
-    SESSION_WORDS="${SESSION_WORDS:---kinds variant,long,seed,probe --extra flowhn_fac:0 --extra llama:1 --extra mamba2:1 --long-seed 1}" \
+  WORK=$accuracy RECORDS=${ACCURACY_RECORDS:-} CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept" WAIT=1 SECONDS_ALL="${SECONDS_ALL:-1150}" \
+    SESSION_WORDS="${SESSION_WORDS:---kinds table,variant --variants $variants}" \
     bash scripts/accuracy_session.sh </dev/null >"$kept/accuracy.log" 2>&1
 }
 train
@@ -46,11 +57,15 @@ if [ ! -e "$accuracy/finished" ] && ! kill -0 "$(cat "$accuracy/daemon.pid" 2>/d
   train
 fi
 if [ "$also" = tests ]; then
-  CUDA_VISIBLE_DEVICES=1 OUT="$kept" TEST_SECONDS=$(($(left) < 430 ? $(left) - 30 : 400)) \
-    bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
-  grep -E "^==|passed|failed|^FAILED" "$kept/tests.out" | tail -n 70
+  {
+    until [ -e "$accuracy/finished" ] || [ "$(left)" -lt 150 ]; do sleep 2; done
+    CUDA_VISIBLE_DEVICES=0 OUT="$kept" TEST_SECONDS=$(($(left) < 450 ? $(left) - 45 : 400)) \
+      bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
+  } &
 fi
 WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} CUDA_VISIBLE_DEVICES=1 OUT="$kept" bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
+wait
+[ "$also" != tests ] || grep -E "^==|passed|failed|^FAILED" "$kept/tests.out" | tail -n 70
 train  # packs what is finished
 tail -n 40 "$kept/accuracy.log"
 cp "$kept"/{accuracy.tgz,bench.tgz,gpu.json,tests.log} "$out" 2>/dev/null

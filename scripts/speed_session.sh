@@ -21,12 +21,17 @@ export TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton TRIT
 need_packages hydra || exit 2
 
 left() { echo $((limit - ($(date +%s) - begun))); }
-bench() {  # words of flowhn-bench; MOST=... seconds that it may take at most
-  local seconds
-  seconds=$(left)
-  [ "${MOST:-$seconds}" -ge "$seconds" ] || seconds=$MOST
+bench() {  # words of flowhn-bench; MOST=... seconds that it may take at most, and then never again on this machine
+  local seconds given_up
+  seconds=$(left) given_up="$work/given up: ${*//\//_}"
+  if [ "${MOST:-$seconds}" -lt "$seconds" ]; then
+    [ ! -e "$given_up" ] || { echo "took more than $MOST s before; left out"; return; }
+    seconds=$MOST
+    touch "$given_up"
+  fi
   timeout "$seconds" "$python" -m flowhn.bench "output_dir=$work" ${COMMIT:+"commit='$COMMIT'"} "repeat=${REPEAT:-0}" \
     steps_per_window=4 cell_timeout_s=300 "$@" 2>&1 | grep -iE "^\[|tokens/s at|prepared|error|memory|failed|timed"
+  [ "${PIPESTATUS[0]}" = 124 ] || rm -f "$given_up"
 }
 step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY asks for others
   [[ "$*" =~ ${ONLY:-.} ]] || return 0
@@ -34,21 +39,25 @@ step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY a
   echo "$(date +%T) $*"
   bench "$@"
 }
-# What no session has measured yet comes first, then what belongs into one run, then repeats, which tell the spread within a session.
-# transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair.
-if need_packages mamba_ssm causal_conv1d; then
-  MOST=150 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' prepare=4
-  MOST=150 step bench=peers 'models=[mamba2,peer_mamba2]' prepare=2
-fi
+# What belongs into one run comes first (figure 4: the rows the goals are about, then the others), then peers, then repeats, which tell
+# the spread within a session, then what may be faster still. REPEAT=1 (above) is for another day.
 step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true prepare=3
 step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,llama,shm,flowhn_fac]' profile=true
 step 'sizes=[350m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm]' prepare=2
 step 'sizes=[135m]' 'models=[shm,jamba,mamba1,mamba2,hymba,flowhn_no,flowhn_ae,flowhn_fa]' prepare=2
-step 'sizes=[1b]' 'models=[flowhn_fac_mamba2]' batch=128  # FAC's Mamba-1 branch needs about 135 GB there
+# transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair. Its Mamba-2 tries out the tiles of
+# mamba_ssm's kernels for two minutes before its first step: not prepared beside others, and never longer than MOST.
+if need_packages mamba_ssm causal_conv1d; then
+  MOST=150 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' batch=128
+  MOST=260 step bench=peers 'models=[mamba2,peer_mamba2]' batch=128
+fi
+step 'sizes=[350m]' 'models=[jamba,mamba2,hymba,mamba1]' prepare=2
+step 'sizes=[1b]' 'models=[mamba2,jamba,hymba,mamba1]'
 step repeat=1 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
+step 'sizes=[1b]' 'models=[flowhn_fac_mamba2]' batch=128  # FAC's Mamba-1 branch needs about 135 GB there
 step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]' batch=128
+step 'sizes=[350m,1b]' 'models=[flowhn_no,flowhn_ae,flowhn_fa]'
 step 'sizes=[350m]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
-step 'sizes=[350m,1b]' 'models=[jamba,mamba2,flowhn_no,flowhn_ae,flowhn_fa,hymba,mamba1]'
 step bench=balance 'models=[fac_flops,fac_time,fac_03,fac_05,fac_07]'
 step bench=length prepare=4
 step bench=overlap 'sizes=[135m]' batch=128 profile=true
