@@ -3,7 +3,7 @@
 # (speed_session.sh), GPU tests at the end; every call brings home all that there is, so that a lost machine costs one call at most.
 # Calls must follow each other within 30 seconds, or the machine goes back: have the next one ready. COMMIT=... names the code.
 #   bash scripts/gpu_session.sh packages        call 1, carrying build/site.tar.xz and build/mamba.tar.xz; tries what no GPU has run yet
-#   bash scripts/gpu_session.sh go 560          call 2, carrying .data: training begins, and timing
+#   bash scripts/gpu_session.sh go 560          call 2, carrying .data (and build/frozen.tar.xz where FROZEN is set, see speed_session.sh)
 #   bash scripts/gpu_session.sh go 560          call 3, carrying build/conv.tar.xz: goes on, with transformers' Mamba to compare with
 #   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests on GPU 0 as soon as training has ended there; seconds as many as are left, less 15
 # SECONDS_ALL=1150: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.

@@ -4,6 +4,9 @@
 # scripts/gpu_session.sh calls it beside training and GPU tests. RECORDS=bench.tgz goes on from an earlier machine's file;
 # ONLY='bench=peers|balance' takes the steps whose words match, so that two GPUs (with WORK and OUT of their own) share the list.
 # REPEAT=1 measures again, as records of their own (another day). Needs the packages of scripts/gpu_packages.sh.
+# FROZEN=435310f times figure 4 by the code of an earlier commit, so that its cells are repeats of that day's: make it with
+#   git archive 435310f src configs pyproject.toml | xz >build/frozen.tar.xz
+# and carry it once. The other cases are always timed by the code that is here.
 # $OUT/bench.tgz holds records/, to go into experiments/figure4/h200/records (case figure4) or experiments/bench/<case>/records;
 # then scripts/refresh_experiments.py.
 # Seen on one H200 (2026-11-25), when each cell still imported torch for itself: 135m cells 26 s each, 34 to 38 s with a profile, after 13 to
@@ -19,18 +22,24 @@ export PYTHONPATH=src:scripts:$site PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 # Caches of its own: what training or tests compiled beside it would make a first step look short.
 export TORCHINDUCTOR_CACHE_DIR=$work/inductor TRITON_CACHE_DIR=$work/triton TRITON_CACHE_AUTOTUNING=1 PYTORCH_NVML_BASED_CUDA_CHECK=1
 need_packages hydra || exit 2
+frozen=/tmp/frozen
+if [ -n "${FROZEN:-}" ] && [ ! -d "$frozen/src" ]; then
+  [ -f build/frozen.tar.xz ] || { echo "FROZEN=$FROZEN needs build/frozen.tar.xz: carry it" >&2; exit 2; }
+  mkdir -p "$frozen" && tar -xJf build/frozen.tar.xz -C "$frozen" || exit 3
+fi
 
 left() { echo $((limit - ($(date +%s) - begun))); }
 bench() {  # words of flowhn-bench; MOST=... seconds that it may take at most, and then never again on this machine
-  local seconds given_up
+  local seconds given_up folder=. commit=${COMMIT:-}
+  if [ -n "${FROZEN:-}" ] && [[ "$*" != *bench=* ]]; then folder=$frozen commit=$FROZEN; fi
   seconds=$(left) given_up="$work/given up: ${*//\//_}"
   if [ "${MOST:-$seconds}" -lt "$seconds" ]; then
     [ ! -e "$given_up" ] || { echo "took more than $MOST s before; left out"; return; }
     seconds=$MOST
     touch "$given_up"
   fi
-  timeout "$seconds" "$python" -m flowhn.bench "output_dir=$work" ${COMMIT:+"commit='$COMMIT'"} "repeat=${REPEAT:-0}" \
-    steps_per_window=4 cell_timeout_s=300 "$@" 2>&1 | grep -iE "^\[|tokens/s at|prepared|error|memory|failed|timed"
+  (cd "$folder" && timeout "$seconds" "$python" -m flowhn.bench "output_dir=$work" ${commit:+"commit='$commit'"} "repeat=${REPEAT:-0}" \
+    steps_per_window=4 cell_timeout_s=300 "$@" 2>&1) | grep -iE "^\[|tokens/s at|prepared|error|memory|failed|timed"
   [ "${PIPESTATUS[0]}" = 124 ] || rm -f "$given_up"
 }
 step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY asks for others
