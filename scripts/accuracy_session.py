@@ -274,8 +274,11 @@ def daemon(args: argparse.Namespace) -> None:
         session.say(f"requests tokenised in {time.time() - begun:.0f} s")
     if long := [job for job in session.jobs if job.kind == "long"]:
         begun = time.time()
-        build_long_questions(session.run_of(long[0]).config, prepared, workshop, args.long_override)
-        session.say(f"long contexts built and tokenised in {time.time() - begun:.0f} s")
+        try:
+            build_long_questions(session.run_of(long[0]).config, prepared, workshop, args.long_override)
+            session.say(f"long contexts built and tokenised in {time.time() - begun:.0f} s")
+        except Exception as error:  # the other jobs do without; these will say it again
+            session.say(f"long contexts could not be built: {error!r}")
     import flowhn.training  # noqa: F401  (imported once, before the fork)
 
     workers: dict[int, Any] = {}

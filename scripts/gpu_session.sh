@@ -6,7 +6,7 @@
 #   bash scripts/gpu_session.sh go 560          call 2, carrying .data (and build/frozen.tar.xz where FROZEN is set, see speed_session.sh)
 #   bash scripts/gpu_session.sh go 560          call 3, carrying build/conv.tar.xz: goes on, with transformers' Mamba to compare with
 #   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests on GPU 0 as soon as training has ended there; seconds as many as are left, less 15
-# SECONDS_ALL=1150: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.
+# SECONDS_ALL=1100: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.
 # On a fresh machine after a lost one, calls 1 and 2 again: ACCURACY_RECORDS=accuracy.tgz and BENCH_RECORDS=bench.tgz, carried, go on from what came home.
 # $OUT gets accuracy.tgz (accuracy_session.py keep), bench.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
 # beside a group of tests that ended with 124 (out of time) lacks that group's comparisons and is not to be committed.
@@ -15,8 +15,9 @@ cd "$(dirname "$0")/.."
 begun=$(date +%s) phase=${1:?packages or go} limit=${2:-0} also=${3:-}
 out=${OUT:-outputs} site=${SITE:-/tmp/site} kept=${KEPT:-/tmp/kept} accuracy=/tmp/accuracy
 mkdir -p "$out" "$kept"
-# Rows whose attention sees all keys are timed anew: since their last records only the tokens that ask are computed.
-variants=fac_keys_rope_conv_gated,fac_keys_rope_conv_sum,fac_keys_rope_conv,fac_keys_rope,fac_keys,fac_bf16_residual
+# FAC_Split and its variants anew, in one session: where attention sees all keys, only the tokens that ask are computed since their last records.
+variants=fac_keys_rope_conv_gated,fac_keys_rope_conv_sum,fac_keys_rope_conv,fac_keys_rope_sum,fac_keys_rope,fac_keys
+variants+=,fac_rope_conv_sum,fac_rope_conv,fac_conv,fac_rope,fac_sum,fac_bf16_residual,flowhn_no_conv,flowhn_no_sum
 left() { echo $((limit - ($(date +%s) - begun))); }
 
 if [ "$phase" = packages ]; then
@@ -44,8 +45,8 @@ fi
 [ "$phase" = go ] || { echo "no phase $phase: packages or go" >&2; exit 2; }
 # Files, not pipes, and no input: the daemon outlives this call and must not hold its output open.
 train() {
-  WORK=$accuracy RECORDS=${ACCURACY_RECORDS:-} CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept" WAIT=1 SECONDS_ALL="${SECONDS_ALL:-1150}" \
-    SESSION_WORDS="${SESSION_WORDS:---kinds table,variant --variants $variants}" \
+  WORK=$accuracy RECORDS=${ACCURACY_RECORDS:-} CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept" WAIT=1 SECONDS_ALL="${SECONDS_ALL:-1100}" \
+    SESSION_WORDS="${SESSION_WORDS:---kinds variant --extra flowhn_fac:0 --variants $variants}" \
     bash scripts/accuracy_session.sh </dev/null >"$kept/accuracy.log" 2>&1
 }
 train
@@ -56,16 +57,23 @@ if [ ! -e "$accuracy/finished" ] && ! kill -0 "$(cat "$accuracy/daemon.pid" 2>/d
   rm -f "$accuracy/daemon.pid"
   train
 fi
-if [ "$also" = tests ]; then
+half=$(($(nproc) / 2)) cores=0-$(($(nproc) - 1))
+if [ "$also" = tests ]; then  # on cores of their own, lest their compiling slows what is timed meanwhile
+  cores=$half-$(($(nproc) - 1))
   {
-    until [ -e "$accuracy/finished" ] || [ "$(left)" -lt 150 ]; do sleep 2; done
-    CUDA_VISIBLE_DEVICES=0 OUT="$kept" TEST_SECONDS=$(($(left) < 450 ? $(left) - 45 : 400)) \
-      bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
+    until [ -e "$accuracy/finished" ] || [ "$(left)" -lt 120 ]; do sleep 2; done
+    if [ -e "$accuracy/finished" ]; then
+      CUDA_VISIBLE_DEVICES=0 OUT="$kept" TEST_SECONDS=$(($(left) < 450 ? $(left) - 45 : 400)) \
+        taskset -c "0-$((half - 1))" bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
+    else
+      echo "training went on for too long: no tests" >"$kept/tests.out"
+    fi
   } &
 fi
-WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} CUDA_VISIBLE_DEVICES=1 OUT="$kept" bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
+WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} CUDA_VISIBLE_DEVICES=1 OUT="$kept" taskset -c "$cores" \
+  bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
 wait
-[ "$also" != tests ] || grep -E "^==|passed|failed|^FAILED" "$kept/tests.out" | tail -n 70
+[ "$also" != tests ] || grep -E "^==|passed|failed|^FAILED|^training" "$kept/tests.out" | tail -n 70
 train  # packs what is finished
 tail -n 40 "$kept/accuracy.log"
 cp "$kept"/{accuracy.tgz,bench.tgz,gpu.json,tests.log} "$out" 2>/dev/null

@@ -4,7 +4,7 @@
 # scripts/gpu_session.sh calls it beside training and GPU tests. RECORDS=bench.tgz goes on from an earlier machine's file;
 # ONLY='bench=peers|balance' takes the steps whose words match, so that two GPUs (with WORK and OUT of their own) share the list.
 # REPEAT=1 measures again, as records of their own (another day). Needs the packages of scripts/gpu_packages.sh.
-# FROZEN=435310f times figure 4 by the code of an earlier commit, so that its cells are repeats of that day's: make it with
+# FROZEN=435310f times figure 4 by the code of an earlier commit, so that its cells are repeats (REPEAT=1) of that day's: make it with
 #   git archive 435310f src configs pyproject.toml | xz >build/frozen.tar.xz
 # and carry it once. The other cases are always timed by the code that is here.
 # $OUT/bench.tgz holds records/, to go into experiments/figure4/h200/records (case figure4) or experiments/bench/<case>/records;
@@ -13,6 +13,7 @@
 # 30 s of compiling side by side; 350m 30 s after 50 s; 1b cells 64 (Llama), 104 (Mamba-2 branch) and 114 s (FAC) from nothing, with a profile.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+[ -z "${FROZEN:-}" ] || REPEAT=${REPEAT:-1}
 begun=$(date +%s) limit=${1:?seconds} out=${OUT:-outputs} site=${SITE:-/tmp/site} work=${WORK:-/tmp/bench} python=${PYTHON:-python3}
 mkdir -p "$out" "$work/bench"
 # shellcheck source=scripts/gpu_packages.sh
@@ -57,12 +58,12 @@ step 'sizes=[135m]' 'models=[shm,jamba,mamba1,mamba2,hymba,flowhn_no,flowhn_ae,f
 # transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair. Its Mamba-2 tries out the tiles of
 # mamba_ssm's kernels for two minutes before its first step: not prepared beside others, and never longer than MOST.
 if need_packages mamba_ssm causal_conv1d; then
-  MOST=150 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' batch=128
+  MOST=240 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' batch=128
   MOST=260 step bench=peers 'models=[mamba2,peer_mamba2]' batch=128
 fi
 step 'sizes=[350m]' 'models=[jamba,mamba2,hymba,mamba1]' prepare=2
 step 'sizes=[1b]' 'models=[mamba2,jamba,hymba,mamba1]'
-step repeat=1 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
+step "repeat=$((${REPEAT:-0} + 1))" 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
 step 'sizes=[1b]' 'models=[flowhn_fac_mamba2]' batch=128  # FAC's Mamba-1 branch needs about 135 GB there
 step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]' batch=128
 step 'sizes=[350m,1b]' 'models=[flowhn_no,flowhn_ae,flowhn_fa]'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from flowhn import bench, bench_cell
+from flowhn.benchmark import peers
 from flowhn.benchmark.peers import PEERS, build_peer, peer_kernels
 from flowhn.benchmark.profile import kind_of, profile_steps, union
 from flowhn.config import build_model, compose, groups, to_dict
@@ -417,30 +419,36 @@ def test_a_peers_kernels_are_the_functions_that_transformers_chose(monkeypatch):
     assert peer_kernels("mamba1")["ssm"] == "torch.nn.functional"
 
 
-def test_a_compiled_peer_runs_its_kernel_outside_the_graph(monkeypatch):
+@pytest.mark.parametrize("name", ["mamba1", "mamba2", "jamba"])
+def test_a_compiled_peer_runs_its_kernels_outside_the_graph(name, monkeypatch):
     """is_exporting() is true while Dynamo traces: traced, transformers' wrapper would choose its loop over tokens."""
-    from transformers.models.mamba import modeling_mamba
+    module, functions = peers._SCANS[name]
+    module, called = importlib.import_module(module), {}
 
-    traced, choose = [], modeling_mamba.mamba_inner_fn
+    def watched(function, choose):
+        def call(*args, **kwargs):
+            called.setdefault(function, []).append(torch.compiler.is_compiling())
+            return choose(*args, **kwargs)
 
-    def watched(*args, **kwargs):
-        traced.append(torch.compiler.is_compiling())
-        return choose(*args, **kwargs)
+        return call
 
-    monkeypatch.setattr(modeling_mamba, "mamba_inner_fn", watched)
-    peer = build_peer("mamba1", to_dict(compose("train", ["model=mamba1", "size=tiny"])))
+    for function in functions:
+        monkeypatch.setattr(module, function, watched(function, getattr(module, function)))
+    peer = build_peer(name, to_dict(compose("train", [f"model={name}", "size=tiny"])))
     ids = torch.randint(2048, (1, 9))
     torch.compile(peer, backend="eager")(ids[:, :-1], ids[:, 1:])
-    assert traced
-    assert not any(traced)
+    assert functions[0] in called
+    assert not any(traced for calls in called.values() for traced in calls)
 
 
 def test_a_peer_without_its_kernels_is_not_timed_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(bench_cell, "peer_kernels", lambda name: {"ssm": f"transformers.models.{name}"})
     with pytest.raises(UserError, match=r"peer_mamba1 .*models="):
         bench_cell._check_peer("mamba1", torch.device("cuda"))
-    monkeypatch.setattr(bench_cell, "peer_kernels", lambda name: {"ssm": "mamba_ssm.ops.selective_scan_interface"})
-    bench_cell._check_peer("mamba1", torch.device("cuda"))
-    bench_cell._check_peer("llama", torch.device("cpu"))
+    bench_cell._check_peer("mamba1", torch.device("cpu"))
+    for ssm in ("mamba_ssm.ops.selective_scan_interface", None):
+        monkeypatch.setattr(bench_cell, "peer_kernels", lambda name, ssm=ssm: {"ssm": ssm})
+        bench_cell._check_peer("mamba1", torch.device("cuda"))
 
 
 def test_goals_of_length_and_of_the_published_code():

@@ -175,7 +175,7 @@ def test_the_readme_s_block_says_what_the_records_say(tmp_path):
     assert "another rate" not in text
     trained = fake("llama", acc=0.4, config={"lr": 1e-3})
     write_record(tmp_path / "table1" / "s" / "records" / "llama.json", trained)
-    assert "before it was tried: Llama at 0.001." in accuracy_block(tmp_path, "s", gap=GAP)
+    assert "at another rate than the one chosen here: Llama at 0.001." in accuracy_block(tmp_path, "s", gap=GAP)
     assert (
         "of 3 variants of FAC_Split, `fac_a` has the lowest loss at 90 % of the speed or more: it closes 50 % of the gap"
         in text

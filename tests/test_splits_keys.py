@@ -226,8 +226,8 @@ def test_flash_attention_is_asked_only_for_what_it_takes(monkeypatch):
     assert not attention.flash_takes(torch.empty(1, 4, 9, 24, dtype=torch.bfloat16))  # on a CPU
     with FakeTensorMode():
         for dtype, d_head, takes in (
-            (torch.bfloat16, 24, True), (torch.float16, 256, True), (torch.float32, 24, False), (torch.bfloat16, 20, False),
-            (torch.bfloat16, 264, False),
+            (torch.bfloat16, 24, True), (torch.float16, 192, True), (torch.float32, 24, False), (torch.bfloat16, 20, False),
+            (torch.bfloat16, 200, False),
         ):  # fmt: skip
             assert attention.flash_takes(torch.empty(1, 4, 9, d_head, dtype=dtype, device="cuda")) is takes
 

@@ -87,7 +87,6 @@ def _build(spec: Mapping[str, Any], config: Mapping[str, Any], device: torch.dev
         module = build_peer(spec["peer"], config) if spec["peer"] else build_model(config)
     module = module.to(device).train()
     if spec["peer"]:
-        _check_peer(spec["peer"], device)
         run = torch.compile(module, dynamic=False) if compiles else module
         return Step(run, module, build_optimizer(module, config["optimizer"]), autocast, device)
     net = module
@@ -172,6 +171,8 @@ def measure(spec: Mapping[str, Any]) -> dict[str, Any]:
     config = to_dict(compose("train", spec["overrides"]))
     hardware = resolve_hardware({**config, "precision": spec["precision"], "compile": spec["compile"]})
     device = hardware.device
+    if spec["peer"]:
+        _check_peer(spec["peer"], device)
     torch.set_float32_matmul_precision("highest" if spec["protocol"] == "published" else "high")
     torch.backends.cudnn.allow_tf32 = spec["protocol"] != "published"
     if config["choices"]["model"] == "flowhn" and config["split"].get("balance") == "time":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,11 +13,18 @@ from torch import Tensor, nn
 from flowhn.errors import UserError
 
 PEERS = ("llama", "mamba1", "mamba2", "jamba")
-# The function of each peer's module in transformers that decides how fast its training step is.
+# The functions of each peer's module in transformers that run mamba_ssm's and causal_conv1d's kernels; the first one decides how
+# fast its training step is.
 _SCANS = {
-    "mamba1": ("transformers.models.mamba.modeling_mamba", "mamba_inner_fn"),
-    "mamba2": ("transformers.models.mamba2.modeling_mamba2", "mamba2_split_conv1d_scan_combined"),
-    "jamba": ("transformers.models.jamba.modeling_jamba", "mamba_inner_fn"),
+    "mamba1": (
+        "transformers.models.mamba.modeling_mamba",
+        ("mamba_inner_fn", "mamba_selective_scan", "causal_conv1d_fn"),
+    ),
+    "mamba2": (
+        "transformers.models.mamba2.modeling_mamba2",
+        ("mamba2_split_conv1d_scan_combined", "mamba2_chunk_scan", "causal_conv1d_fn"),
+    ),
+    "jamba": ("transformers.models.jamba.modeling_jamba", ("mamba_selective_scan", "causal_conv1d_fn")),
 }
 
 
@@ -39,7 +46,7 @@ class Peer(nn.Module):
 def build_peer(name: str, config: Mapping[str, Any]) -> Peer:
     """transformers' model with the sizes of a resolved config of ours (``model`` and ``size`` of it).
 
-    The function of :data:`_SCANS` stays outside compiled graphs: ``torch.compile`` takes ``torch.compiler.is_exporting()``
+    The functions of :data:`_SCANS` stay outside compiled graphs: ``torch.compile`` takes ``torch.compiler.is_exporting()``
     for true (torch 2.11), so that transformers would leave mamba_ssm's kernels for its loop over tokens, and Dynamo unrolls it.
 
     Raises:
@@ -82,12 +89,13 @@ def build_peer(name: str, config: Mapping[str, Any]) -> Peer:
     return Peer(transformers.JambaForCausalLM(made))
 
 
-def _keep_out_of_graphs(module_name: str, function: str) -> None:
-    """Have torch.compile break its graph at a function of a module and call it as it is."""
+def _keep_out_of_graphs(module_name: str, functions: Sequence[str]) -> None:
+    """Have torch.compile break its graph at functions of a module and call them as they are."""
     module = import_module(module_name)
-    found = getattr(module, function, None)
-    if found is not None and not hasattr(found, "_torchdynamo_disable"):
-        setattr(module, function, torch.compiler.disable(found))
+    for function in functions:
+        found = getattr(module, function, None)
+        if found is not None and not hasattr(found, "_torchdynamo_disable"):
+            setattr(module, function, torch.compiler.disable(found))
 
 
 def peer_kernels(name: str) -> dict[str, str | None]:
@@ -99,8 +107,8 @@ def peer_kernels(name: str) -> dict[str, str | None]:
     attention = "sdpa" if name in ("llama", "jamba") else None
     if name not in _SCANS:
         return {"ssm": None, "attention": attention}
-    module, function = _SCANS[name]
-    found = getattr(import_module(module), function, None)
+    module, functions = _SCANS[name]
+    found = getattr(import_module(module), functions[0], None)
     if not inspect.isfunction(found):
         return {"ssm": "unknown", "attention": attention}
     chooser = inspect.unwrap(found, stop=lambda inner: "implementation" in inspect.getclosurevars(inner).nonlocals)

@@ -150,13 +150,17 @@ def triton_usable() -> bool:
 
 @cache
 def _flash_sdpa_usable() -> bool:
-    return torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
+    # Not on ROCm, whose kernels may align a causal mask with the first key.
+    built = (
+        torch.version.hip is None and torch.cuda.is_available() and torch.backends.cuda.is_flash_attention_available()
+    )
+    return built and torch.cuda.get_device_capability() >= (8, 0)
 
 
 @torch.compiler.assume_constant_result
 def flash_sdpa_usable() -> bool:
-    """Whether torch was built with flash attention and the CUDA device is one that it was built for; cached."""
-    return _flash_sdpa_usable() and torch.cuda.get_device_capability() >= (8, 0)
+    """Whether torch was built with flash attention for NVIDIA's GPUs and the device is Ampere or newer; cached."""
+    return _flash_sdpa_usable()
 
 
 def clear_cache() -> None:

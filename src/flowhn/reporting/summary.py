@@ -193,7 +193,7 @@ def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
 
 
 def _rates(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[str]:
-    """What rates were chosen, and which rows of the table (``records``) were trained at another: before that was tried."""
+    """What rates were chosen, and which rows of the table (``records``) were trained at another."""
     if not tried:
         return []
     frame = rate_table(tried)
@@ -213,7 +213,7 @@ def _rates(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[str
             others[long_name(record.cell)] = f"{rate:g}"
     if others:
         told = ", ".join(f"{name} at {rate}" for name, rate in others.items())
-        lines[0] += f" Trained at another rate than that, before it was tried: {told}."
+        lines[0] += f" Of the table's rows, at another rate than the one chosen here: {told}."
     return [*lines, ""]
 
 

@@ -80,14 +80,16 @@ def causal_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v: (B, n_kv_heads, m, d_head), m at least n.
     """
     if q.is_cuda:
-        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, 0.0, True, False)[0]
     mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def flash_takes(q: Tensor) -> bool:
     """Whether torch's flash attention can be called for these queries as they are."""
-    fits = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    fits = (
+        q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 192
+    )  # more: not on every GPU
     return q.is_cuda and fits and flash_sdpa_usable()
 
 
