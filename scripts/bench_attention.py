@@ -18,7 +18,11 @@ from torch.utils.benchmark import Timer
 
 from flowhn.models.mixers.attention import causal_tail
 
-SHAPES = ["128,32,8,24,542,1024", "128,32,8,24,482,482", "128,32,8,24,60,1024"]  # 135m: the first block's range, the second's two
+SHAPES = [
+    "128,32,8,24,542,1024",
+    "128,32,8,24,482,482",
+    "128,32,8,24,60,1024",
+]  # 135m: the first block's range, the second's two
 
 
 def main() -> None:
