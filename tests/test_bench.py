@@ -419,7 +419,9 @@ def test_a_peers_kernels_are_the_functions_that_transformers_chose(monkeypatch):
     assert peer_kernels("mamba1")["ssm"] == "torch.nn.functional"
 
 
-@pytest.mark.parametrize("name", ["mamba1", "mamba2", "jamba"])
+@pytest.mark.parametrize(
+    "name", ["mamba1", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mamba2", "jamba"))]
+)
 def test_a_compiled_peer_runs_its_kernels_outside_the_graph(name, monkeypatch):
     """is_exporting() is true while Dynamo traces: traced, transformers' wrapper would choose its loop over tokens."""
     module, functions = peers._SCANS[name]

@@ -108,7 +108,7 @@ def test_a_launcher_that_gives_up_leaves_the_table_of_what_is_done(home, monkeyp
     assert UNFINISHED in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "local"])
+@pytest.mark.parametrize("launcher", [pytest.param("joblib", marks=pytest.mark.slow), "local"])  # .ci/run runs it
 def test_launchers_with_processes_of_their_own(launcher, home):
     code, folder = sweep(home, f"launcher={launcher}", "seed=0,2", "lr=1e-3")
     assert code == 0
