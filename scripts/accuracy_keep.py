@@ -76,6 +76,10 @@ def keep(args: argparse.Namespace) -> None:
     def new(name: str) -> list[Any]:
         return [record for record in records if record.cell in cells[name]]
 
+    missing = sorted(set(cells["table1"]) - {record.cell for record in new("table1")})
+    if trains and missing and before["table1"]:
+        trains = False
+        sys.stdout.write(f"table1 keeps its rows: this session did not come to {', '.join(missing)}\n")
     # Rows of Table 1 are compared in speed: those of the session that trained all ten stay, and a second measurement of
     # one of them (--extra flowhn_fac:0) does not replace it there. It is for the variants, which were timed beside it: in
     # beyond the newest measurement counts.

@@ -127,7 +127,7 @@ def test_tables_are_drawn_after_a_second_session_of_seeds_and_variants(tmp_path)
     assert frame.loc["fac_keys", "closed_flowhn_no"] == pytest.approx(0.6)
 
 
-def test_a_second_measurement_counts_in_beyond_and_the_table_keeps_its_own(tmp_path):
+def test_a_second_measurement_counts_in_beyond_and_the_table_keeps_its_own(tmp_path, capsys):
     first_session(tmp_path)
     second_session(tmp_path)
     assert kept(tmp_path, "table1")["flowhn_fac", 0].throughput["tps"] == 1000.0
@@ -136,6 +136,9 @@ def test_a_second_measurement_counts_in_beyond_and_the_table_keeps_its_own(tmp_p
     come_home(tmp_path, [trained("fac_rope", day=26)], ["--kinds", "variant"], name="three")
     assert kept(tmp_path, "beyond")["flowhn_fac", 0].throughput["tps"] == 2000.0  # not table1's older one again
     anew = [trained(cell, day=27, tps=3000.0) for cell in accuracy_jobs.LONGEST_FIRST]
+    come_home(tmp_path, anew[1:], ["--kinds", "table"], name="nine")
+    assert kept(tmp_path, "table1")["flowhn_fac", 0].throughput["tps"] == 1000.0  # rows of two sessions are not mixed
+    assert f"did not come to {anew[0].cell}" in capsys.readouterr().out
     come_home(tmp_path, anew, ["--kinds", "table"], name="four")
     assert kept(tmp_path, "table1")["flowhn_fac", 0].throughput["tps"] == 3000.0  # with all ten beside it
 
