@@ -46,6 +46,7 @@ def record(trained):
     return read_record(path)
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_gpu_budgets_train_with_table1_s_rates_and_share_its_runs():
     words = ["size=135m", "data=files", "data.path=TEXT", "data.val_path=VALID", "eval=paper", "val_points=10"]
     table = plan_cells(

@@ -105,6 +105,7 @@ def test_a_split_s_own_rate_wins_over_its_model_s():
     assert {label: run.config["lr"] for label, run in runs.items()} == {"flowhn_no": 9e-3, "flowhn_fac": 7e-3}
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_job_is_the_run_that_reproduce_would_plan(session, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "rate", lambda job: 1e-3)
     for job in [job for job in session.jobs if job.cell in ("flowhn_fac", "fac_keys_rope", "llama_1e-3")]:
@@ -316,6 +317,7 @@ def test_the_committed_rates_are_those_of_the_committed_rows_and_won_before_them
         assert {model: rate for model, rate in rates.items() if model != "max_tokens"} == chosen_rates(before)
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_rates_of_an_artefact_hold_for_short_runs_of_their_size_alone(monkeypatch):
     artefact = replace(
         load_artefact("table1"), lr={"tiny": {"max_tokens": 100_000, "llama": 7e-3}}, seeds={"tiny": {"shm": [0, 1]}}
