@@ -335,20 +335,16 @@ def main() -> None:
     from flowhn.errors import UserError
 
     args = parse(sys.argv[1:])
-    if args.command == "warm":
-        warm(Session(args), args.gpu)
-    elif args.command == "worker":
-        worker(Session(args), args.gpu, None)
-    elif args.command == "plan":
-        show_plan(args)
-    elif args.command == "keep":
-        try:
-            keep(args)
-        except UserError as error:
-            sys.stderr.write(f"{error}\n")
-            raise SystemExit(2) from None
-    else:
-        {"daemon": daemon, "pack": pack}[args.command](args)
+    try:
+        if args.command == "warm":
+            warm(Session(args), args.gpu)
+        elif args.command == "worker":
+            worker(Session(args), args.gpu, None)
+        else:
+            {"daemon": daemon, "pack": pack, "plan": show_plan, "keep": keep}[args.command](args)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from None
 
 
 def show_plan(args: argparse.Namespace) -> None:

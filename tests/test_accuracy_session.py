@@ -223,13 +223,16 @@ def test_the_planned_session_follows_its_worth(tmp_path):
     assert max(one.values()) <= 1350
 
 
-def test_variants_asked_for_by_name_come_first():
+def test_variants_asked_for_by_name_come_first(monkeypatch, capsys):
     words = ["plan", "--kinds", "table,variant", "--variants", "fac_keys,fac_bf16_residual"]
     names = [job.name for job in accuracy_jobs.planned(accuracy_session.parse(words))]
     assert names[:3] == ["table-flowhn_fac-s0", "variant-fac_keys-s0", "variant-fac_bf16_residual-s0"]
     assert len(names) == len(set(names)) == 12
-    with pytest.raises(UserError, match="--variants=fac_none"):
-        accuracy_jobs.planned(accuracy_session.parse([*words, "--variants", "fac_none"]))
+    monkeypatch.setattr(sys, "argv", ["accuracy_session.py", *words, "--variants", "fac_none"])
+    with pytest.raises(SystemExit) as ended:
+        accuracy_session.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("--variants=fac_none is no row of beyond")
 
 
 def test_a_long_job_is_planned_with_its_training_and_does_not_wait_for_what_cannot_come(tmp_path):

@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowhn.errors import UserError
 from flowhn.models.mixers import Attention, Mamba1, Mamba2
-from flowhn.models.mixers.attention import apply_rope, window_mask
+from flowhn.models.mixers.attention import window_mask
 from flowhn.models.mixers.conv import causal_conv
+from flowhn.models.mixers.rope import apply_rope
 from flowhn.models.norms import GatedRMSNorm, RMSNorm
 
 D = 24

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from flowhn.errors import UserError
 from flowhn.models.cache import KVCache, Sight
 from flowhn.models.kernels import flash_sdpa_usable, resolve_attention
+from flowhn.models.mixers.rope import apply_rope
 from flowhn.models.splits.base import Ranges, count, gather, spread
 
 
@@ -36,39 +37,6 @@ def window_mask(n_tokens: int, window: int, n_meta: int, device: torch.device) -
     return build(n_tokens, window, n_meta, device)
 
 
-@torch.library.custom_op("flowhn::rope_tables", mutates_args=())
-def rope_tables(positions: Tensor, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of ``position * theta^(-2 i / d_head)``, each (T, d_head / 2).
-
-    Opaque to torch.compile, which would otherwise compute every angle again for each head and sequence.
-    """
-    exponents = torch.arange(0, d_head, 2, device=positions.device, dtype=dtype) / d_head
-    angles = positions.to(dtype)[:, None] * theta**-exponents
-    return angles.cos(), angles.sin()
-
-
-@rope_tables.register_fake
-def _(positions: Tensor, d_head: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    shape = (positions.shape[0], (d_head + 1) // 2)
-    return positions.new_empty(shape, dtype=dtype), positions.new_empty(shape, dtype=dtype)
-
-
-def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotate pairs of channels (i, i + d_head / 2) by ``position * theta^(-2 i / d_head)`` (Llama's layout).
-
-    The angles are computed in float32 from scratch, so that casting the model to bfloat16 cannot coarsen them.
-
-    Args:
-        x: (B, heads, T, d_head).
-        positions: (T,), integer.
-        theta: base of the wavelengths.
-    """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rope_tables(positions, x.shape[-1], theta, wide)  # (T, d_head / 2)
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-
 def causal_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of the last n of m tokens, each seeing all before it and itself: (B, H, n, d_head) -> the same shape.
 
@@ -86,10 +54,9 @@ def causal_tail(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flash_takes(q: Tensor) -> bool:
-    """Whether torch's flash attention can be called for these queries as they are."""
-    fits = (
-        q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 192
-    )  # more: not on every GPU
+    """Whether torch's flash attention can be called for these queries (B, H, n, d_head) as they are."""
+    narrow = q.shape[-1] % 8 == 0 and q.shape[-1] <= 192  # wider heads: not on every GPU
+    fits = narrow and q.dtype in (torch.bfloat16, torch.float16)
     return q.is_cuda and fits and flash_sdpa_usable()
 
 
@@ -200,6 +167,7 @@ class Attention(nn.Module):
         return self.o_proj(y if queries is None else gather(y, queries))
 
     def _split_heads(self, q: Tensor) -> Tensor:
+        """(B, n, H * d_head) -> (B, H, n, d_head)."""
         return q.unflatten(-1, (self.n_heads, self.d_head)).transpose(1, 2)
 
     def _spread(self, q: Tensor, queries: Ranges, n_tokens: int) -> Tensor:
