@@ -192,7 +192,10 @@ class Attention(nn.Module):
         tail = self._flash if resolve_attention(self.backend, q.device.type) == "flash_attn" else causal_tail
         ends = [stop for _, stop in queries]
         pieces = q.split([stop - start for start, stop in queries], dim=2)
-        done = [tail(piece, k[:, :, :end], v[:, :, :end]) for piece, end in zip(pieces, ends, strict=True)]
+        done = []
+        for piece, end in zip(pieces, ends, strict=True):
+            attend = self._attend if piece.shape[2] == end else tail  # a square from the first token on: SDPA's fastest
+            done.append(attend(piece, k[:, :, :end], v[:, :, :end]))
         return done[0] if len(done) == 1 else torch.cat(done, dim=2)
 
     def new_cache(self, *, window: int | None = None) -> KVCache:
