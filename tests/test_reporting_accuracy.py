@@ -46,9 +46,18 @@ def test_share_of_the_gap_and_of_the_speed():
     judged = "half the gap to FlowHN No_Split at 90 % of the speed"
     assert shown.loc["fac_a", judged] == "yes"
     assert shown.loc["fac_b", judged] == "no"
+    beside = shown["speed beside FlowHN FAC_Split"]
+    assert (beside["fac_a"], beside["fac_b"]) == ("90.0 %", "89.9 %")  # what a verdict turns on can be read
+    assert shown.loc["FlowHN FAC_Split", "gap to FlowHN No_Split closed"] == "0 %"
     reached = [*variants(), fake("flowhn_no_conv", loss=4.4, tps=950.0)]
     shown = readable_gap(gap_table(reached, size="135m", **GAP), **GAP)
     assert shown[judged].value_counts()[""] == 4  # No_Split's variant is none of FAC_Split's
+
+
+def test_a_share_that_rounds_to_nothing_has_no_sign():
+    near = [*variants(), fake("fac_d", loss=4.7002, tps=1000.0)]
+    shown = readable_gap(gap_table(near, size="135m", **GAP), **GAP).set_index("row")
+    assert shown.loc["fac_d", "gap to FlowHN No_Split closed"] == "0 %"
 
 
 def test_where_the_first_is_not_ahead_the_next_is_the_goal():

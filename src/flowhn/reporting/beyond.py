@@ -77,8 +77,9 @@ def is_reference(cell: str, *, of: str, to: list[str]) -> bool:
 def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame:
     """:func:`gap_table` as a reader wants it."""
 
-    def percent(value: float) -> str:
-        return "–" if pd.isna(value) else f"{100 * value:.0f} %"
+    def percent(value: float, digits: int = 0) -> str:
+        # + 0.0: a share that rounds to nothing has no sign.
+        return "–" if pd.isna(value) else f"{round(100 * value, digits) + 0.0:.{digits}f} %"
 
     def number(value: Any, form: str) -> str:
         return "–" if value is None or pd.isna(value) else format(value, form)
@@ -93,7 +94,8 @@ def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame
         shown = {"row": own_name, "learning rate": number(row["lr"], "g")}
         shown |= {"val loss": number(row["val_loss"], ".3f")}
         shown |= {f"gap to {long_name(name)} closed": percent(row[f"closed_{name}"]) for name in to}
-        shown |= {"TPS": number(row["tps"], ",.0f"), f"speed beside {long_name(of)}": percent(row["speed"])}
+        # One decimal: the verdict beside it is of the exact share, and 89.9 % is not 90 %.
+        shown |= {"TPS": number(row["tps"], ",.0f"), f"speed beside {long_name(of)}": percent(row["speed"], 1)}
         shown |= {"average accuracy": number(row["average"], ".2f")}
         verdict = "–" if goal is None else "yes" if row["reached"] else "no"
         rows.append(shown | {judged: "" if is_reference(row["cell"], of=of, to=to) else verdict})
