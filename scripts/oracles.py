@@ -45,13 +45,6 @@ MODELS = {
     "flowhn_fa": ("FlowHN FA_Split", "the published", "the published code, mode C"),
     "flowhn_fac": ("FlowHN published mode D", "the published", "its computation restated, mode D"),
 }
-# Comparisons of the GPU run of this commit that were beyond their limit, and why that is no fault of what was compared.
-REASONS_COMMIT = "d237379"
-REASONS = {
-    "mamba_ssm selective scan, bfloat16": "at one token the gradient of A is zero, and any rounding is large beside it",
-    "Mamba-1 (FlowHN 135m) on triton, bfloat16": "at one token the gradient of the step size is one sum of products, which may cancel, "
-    "and plain torch in bfloat16 has the same rounding",
-}
 SUITES = (
     "test_scan.py", "test_oracle_published.py", "test_oracle_hymba.py", "test_oracle_bfloat16.py", "test_generation.py",
     "test_evaluation_hflm.py", "test_oracle_transformers.py", "test_export.py",
@@ -197,11 +190,6 @@ def faithful_block() -> list[str]:
             f"Kernels against plain paths, forward and gradients, on {summary(gpu)}: {len(gpu['checks'])} comparisons, {len(failed)} "
             "beyond their limit ([all of them](experiments/faithful/table.md)).",
         ]
-        reasons = [
-            f"- {check['subject']}: {REASONS[check['subject']]}." for check in failed if check["subject"] in REASONS
-        ]
-        if reasons:
-            lines += ["", "Beyond their limit (the tests have left these gradients out since):", "", *reasons]
     return lines
 
 
