@@ -3,7 +3,8 @@
     python scripts/bench_scan.py                                # all shapes, all tilings
     python scripts/bench_scan.py --shapes 64,447,1536,16 --tiles 8,8,64,1,64,1,1 --profile
 
-A tiling is chunk, forward_chunk, forward_channels, forward_warps, backward_channels, backward_warps, keep_states, segments.
+A tiling is chunk, forward_chunk, forward_channels, forward_warps, backward_channels, backward_warps, keep_states, segments and,
+where they are capped, forward_registers and backward_registers.
 """
 
 from __future__ import annotations

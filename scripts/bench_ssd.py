@@ -18,15 +18,26 @@ from flowhn.models.mixers.ssd_cuda import mamba_ssm_ssd
 from flowhn.models.mixers.ssd_triton import Tiles, triton_ssd
 
 HEADDIM, STATES = 64, 128
-TILINGS = [  # chunk; warps and stages of the walks; heads, warps and stages of the output, of x's gradient, of B's and C's
+# One setting for each of the five kernels in its order: walks; output; x's gradient; that of C B; those of B and C.
+KERNELS = ("walk", "output", "x", "scores", "bc")
+TILINGS = [  # chunk, bc_heads, and of each kernel warps, stages, registers
     Tiles(),
-    Tiles(64, 4, 3, 8, 4, 2, 8, 4, 2, 16, 8, 3),
-    Tiles(64, 4, 1, 4, 4, 2, 4, 4, 2, 8, 8, 3),
-    Tiles(64, 8, 2, 4, 4, 3, 4, 4, 3, 8, 8, 2),
-    Tiles(64, 2, 2, 16, 4, 2, 16, 4, 2, 32, 8, 2),
-    Tiles(64, 4, 2, 2, 4, 2, 1, 4, 1, 32, 8, 3),
-    Tiles(64, 4, 2, 8, 8, 2, 8, 8, 2, 4, 8, 2),
+    (64, 16, (4, 2, 128), (4, 2, 128), (4, 3, 0), (4, 3, 0), (4, 2, 168)),
+    (64, 16, (4, 3, 0), (4, 2, 0), (4, 2, 0), (8, 2, 128), (8, 2, 0)),
+    (64, 32, (8, 3, 128), (4, 3, 128), (8, 2, 128), (4, 2, 128), (4, 2, 0)),
+    (64, 8, (4, 2, 96), (4, 1, 128), (4, 2, 128), (8, 3, 128), (8, 3, 128)),
+    (128, 16, (8, 2, 128), (8, 2, 0), (8, 2, 0), (8, 2, 0), (8, 2, 0)),
 ]
+
+
+def tiles(setting: Tiles | tuple) -> Tiles:
+    """A line of the list; two heads of a walk with eight warps, one with four."""
+    if isinstance(setting, Tiles):
+        return setting
+    chunk, heads, *rest = setting
+    words = {f"{name}_{what}": value for name, three in zip(KERNELS, rest, strict=True)
+             for what, value in zip(("warps", "stages", "registers"), three, strict=True)}  # fmt: skip
+    return Tiles(chunk=chunk, bc_heads=heads, walk_heads=words["walk_warps"] // 4, **words)
 
 
 def kernel_ms(function: Callable[[], None], calls: int = 5) -> dict[str, float]:
@@ -65,26 +76,30 @@ def main() -> None:
     small = [tensor.cuda().requires_grad_() for tensor in (A, D, bias)]
     dy = torch.randn(n_batch, n_tokens, width, device="cuda", dtype=torch.bfloat16)
 
-    def ours(tiles: Tiles) -> Tensor:
-        return triton_ssd(xbc, dt, *small, n_groups=1, d_state=STATES, tiles=tiles)
+    leaves = [xbc, dt, *small]
+
+    def ours(cut: Tiles) -> Tensor:
+        return triton_ssd(xbc, dt, *small, n_groups=1, d_state=STATES, tiles=cut)
 
     def theirs() -> Tensor:
         x, B, C = xbc.split((width, STATES, STATES), -1)
         x, B, C = x.unflatten(-1, (n_heads, HEADDIM)), B.unsqueeze(2), C.unsqueeze(2)
         return mamba_ssm_ssd(x, dt, small[0], B, C, small[1], small[2], chunk_size=256).flatten(2)
 
-    for tiles in TILINGS:
+    for cut in map(tiles, TILINGS):
         try:
-            found = kernel_ms(lambda tiles=tiles: ours(tiles).backward(dy))
+            found = kernel_ms(lambda cut=cut: torch.autograd.grad(ours(cut), leaves, dy))
         except Exception as error:  # a tiling that does not fit is a finding; the others are still timed
-            print(f"{tiles}\n   {error!s:.200}", flush=True)
+            print(f"{cut}\n   {error!s:.200}", flush=True)
             continue
         parts = {name.removesuffix("_kernel"): ms for name, ms in found.items() if name.startswith("ssd_")}
         rest = sum(found.values()) - sum(parts.values())
-        print(f"{tiles}\n   {sum(found.values()):.3f} ms: " + ", ".join(f"{k} {v:.3f}" for k, v in parts.items())
+        print(f"{cut}\n   {sum(found.values()):.3f} ms: " + ", ".join(f"{k} {v:.3f}" for k, v in parts.items())
               + f", others {rest:.3f}", flush=True)  # fmt: skip
     if options.mamba_ssm and kernel_status()["mamba_ssm"][0]:
-        print(f"mamba_ssm {sum(kernel_ms(lambda: theirs().backward(dy)).values()):.3f} ms", flush=True)
+        print(
+            f"mamba_ssm {sum(kernel_ms(lambda: torch.autograd.grad(theirs(), leaves, dy)).values()):.3f} ms", flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -116,14 +116,25 @@ def test_what_comes_in_at_a_segments_border(backwards):
             coming = ends[row] + torch.exp2(total[row] * A2) * coming
 
 
-def test_few_long_sequences_are_cut_and_many_short_ones_are_not():
-    cut = lambda rows, n_tokens: _segments(torch.empty(rows, n_tokens, 8, device="meta"), [4, 8, 64, 1, 128, 1, 1, 0])  # noqa: E731
-    assert cut(128, 447) == (1, 448)
-    assert cut(8, 4096) == (16, 256)
-    n_segments, length = cut(2, 19_001)
+def cut(rows, n_tokens, n_channels=8, *, forward=False):
+    like = torch.empty(rows, n_tokens, n_channels, device="meta")
+    return _segments(like, [4, 8, 64, 1, 128, 1, 1, 0], forward=forward)
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_few_long_sequences_are_cut_and_many_short_ones_are_not(forward):
+    assert cut(128, 447, forward=forward) == (1, 448)
+    assert cut(8, 4096, forward=forward) == (16, 256)
+    n_segments, length = cut(2, 19_001, forward=forward)
     assert n_segments > 1
     assert length % 8 == 0
     assert (n_segments - 1) * length < 19_001 <= n_segments * length
+
+
+def test_a_forward_of_many_channels_is_not_cut():
+    assert cut(32, 1024, 1536) == (4, 256)
+    assert cut(32, 1024, 1536, forward=True) == (1, 1024)
+    assert cut(8, 4096, 1536, forward=True) == (16, 256)
 
 
 def test_no_tokens_need_no_kernel():

@@ -27,8 +27,10 @@ class Tiles:
         forward_warps, backward_warps: warps of a program, of 32 threads.
         keep_states: keep the states for the backward (4 N / chunk bytes for each token and channel), or have the
             backward run the forward's recurrence once more.
-        segments: pieces of a sequence that run side by side, which costs about half a forward and a quarter of a backward
-            more; 0: as many as fill a GPU that too few sequences leave idle.
+        segments: pieces of a sequence that run side by side, which costs a forward more and a quarter of a backward;
+            0: as many as fill a GPU that too few sequences leave idle.
+        forward_registers, backward_registers: the most of a thread's (0: as the compiler likes); with fewer more programs
+            share a processor.
     """
 
     chunk: int = 4
@@ -39,11 +41,16 @@ class Tiles:
     backward_warps: int = 1
     keep_states: bool = True
     segments: int = 0
+    forward_registers: int = 0
+    backward_registers: int = 0
 
 
 DEFAULT_TILES = Tiles()
 _ROWS = 128  # segments of all sequences together that fill a GPU
 _SHORTEST_SEGMENT = 256  # tokens; shorter ones cost more than they gain
+# A segmented forward runs twice: with so many programs it is faster whole (0.9 ms against 1.1 with four segments, at 32 x 1024
+# tokens and E 1536 on an H200, which is 768 programs).
+_ENOUGH_PROGRAMS = 600
 
 
 def triton_scan(
@@ -75,15 +82,21 @@ def _n_chunks(u: Tensor, tiles: Sequence[int]) -> int:
     return -(-u.shape[1] // tiles[0])
 
 
-def _segments(u: Tensor, tiles: Sequence[int]) -> tuple[int, int]:
+def _segments(u: Tensor, tiles: Sequence[int], *, forward: bool) -> tuple[int, int]:
     """How many segments a sequence is cut into, and the tokens of one (of all but the last)."""
-    n_batch, n_tokens, _ = u.shape
+    n_batch, n_tokens, n_channels = u.shape
     wanted = tiles[7] if len(tiles) > 7 else 1
     if not wanted:
-        wanted = max(1, min(_ROWS // n_batch, n_tokens // _SHORTEST_SEGMENT))
+        whole = forward and n_batch * -(-n_channels // tiles[2]) >= _ENOUGH_PROGRAMS
+        wanted = 1 if whole else max(1, min(_ROWS // n_batch, n_tokens // _SHORTEST_SEGMENT))
     unit = max(tiles[0], tiles[1])  # a segment is whole chunks, of the forward and of the backward
     length = -(-n_tokens // (wanted * unit)) * unit
     return -(-n_tokens // length), length
+
+
+def _registers(tiles: Sequence[int], place: int) -> dict[str, int]:
+    """The cap of registers that stands there, if one does."""
+    return {"maxnreg": tiles[place]} if len(tiles) > place and tiles[place] else {}
 
 
 def _states_shape(u: Tensor, A: Tensor, tiles: Sequence[int]) -> tuple[int, ...]:
@@ -128,7 +141,7 @@ def _run_forward(
     _, unrolled, channels, warps, *_ = tiles
     n_batch, n_tokens, n_channels = u.shape
     n_states, n_blocks = A.shape[1], -(-n_channels // channels)
-    n_segments, length = _segments(u, tiles)
+    n_segments, length = _segments(u, tiles, forward=True)
     carry = A.new_empty((n_batch * n_segments, n_states, n_channels))
     total = A.new_empty((n_batch * n_segments, n_channels))
     A2 = _scaled(A)
@@ -138,6 +151,7 @@ def _run_forward(
             u, delta, A2, B, C, D, bias, y, carry, states, total,
             n_tokens, n_channels, n_states, _n_chunks(u, tiles), n_blocks, n_segments, length,
             *_strides(u, delta, B, C), K=unrolled, BE=channels, SAVE=save, OUTPUT=output, START=start, num_warps=warps,
+            **_registers(tiles, 8),
         )  # fmt: skip
 
     if n_segments > 1:
@@ -183,7 +197,7 @@ def triton_backward(
     chunk, _, _, _, channels, warps, kept, *_ = tiles
     n_batch, n_tokens, n_channels = u.shape
     n_states, n_blocks, n_chunks = A.shape[1], -(-n_channels // channels), _n_chunks(u, tiles)
-    n_segments, length = _segments(u, tiles)
+    n_segments, length = _segments(u, tiles, forward=False)
     du, ddelta = u.new_empty(u.shape), delta.new_empty(delta.shape)
     if not kept:
         states = A.new_empty(_states_shape(u, A, [chunk, 1, 0, 0, 0, 0, 1]))
@@ -205,6 +219,7 @@ def triton_backward(
         dy, u, delta, A2, B, C, D, bias, states, du, ddelta, dA, dB, dC, dD, dbias, carry,
         n_tokens, n_channels, n_states, n_chunks, n_blocks, n_chunks * chunk, n_segments, length,
         *_strides(dy, u, delta, B, C), K=chunk, BE=channels, START=n_segments > 1, num_warps=warps,
+        **_registers(tiles, 9),
     )  # fmt: skip
     dB, dC = (part.sum(0)[:, :, :n_tokens].transpose(1, 2) for part in (dB, dC))
     return (

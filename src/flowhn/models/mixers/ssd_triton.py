@@ -17,34 +17,49 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut.
+    """How the work is cut. ``warps`` of 32 threads and ``stages`` whose loads are under way at a time are a kernel's own; so is
+    ``registers``, the most of a thread's (0: as the compiler likes). With fewer more programs share a processor, which hides
+    the time that loads take: of what the compiler takes unasked it needs little.
 
     Args:
         chunk: tokens of a chunk, 16 or more and a power of two; the state before each one is kept for the backward.
-        walk_warps, walk_stages: of the two kernels that walk over the chunks: warps, of 32 threads, and chunks whose loads
-            are under way at a time.
-        output_heads, output_warps, output_stages: of the kernel that makes y: heads of a program, at most (fewer where
-            that does not divide those of a group), warps, and heads whose loads are under way.
-        x_heads, x_warps, x_stages: of the one that makes the gradient of x.
-        bc_heads, bc_warps, bc_stages: of the one that makes those of B and C, which are summed over its programs.
+        walk_heads, ...: of the two kernels that walk over the chunks: heads of a program, 1 or 2.
+        output_heads, ...: of the kernel that makes y: heads of a program, at most (fewer where that does not divide those of
+            a group).
+        x_heads, ...: of the one that makes the gradient of x.
+        bc_heads: of the two that make those of B and C, which are summed over its programs.
+        scores_warps, ...: of the first of them, which makes the gradient of C B.
+        bc_warps, ...: of the second.
     """
 
     chunk: int = 64
-    walk_warps: int = 4
+    walk_heads: int = 2
+    walk_warps: int = 8
     walk_stages: int = 2
+    walk_registers: int = 128
     output_heads: int = 8
     output_warps: int = 4
     output_stages: int = 3
+    output_registers: int = 0
     x_heads: int = 8
     x_warps: int = 4
-    x_stages: int = 3
+    x_stages: int = 2
+    x_registers: int = 168
     bc_heads: int = 16
+    scores_warps: int = 4
+    scores_stages: int = 2
+    scores_registers: int = 168
     bc_warps: int = 8
     bc_stages: int = 2
+    bc_registers: int = 128
 
 
 DEFAULT_TILES = Tiles()
 LARGEST = 128  # of headdim and d_state: a state of that size fits a program's registers
+_COLUMNS = 64  # of the states, for which one program of the kernel for B and C has room
+# Wider elements take more registers than the caps leave, and stages more of the shared memory than smaller GPUs have.
+_WIDE_TILES = {f"{name}_registers": 0 for name in ("walk", "output", "x", "scores", "bc")}
+_WIDE_TILES |= {f"{name}_stages": 1 for name in ("walk", "output", "x", "scores", "bc")}
 
 
 def triton_ssd(
@@ -70,11 +85,11 @@ def triton_ssd(
     Returns:
         (B, T, H P) in xbc's type.
     """
-    if xbc.dtype == torch.float32:  # tiles are twice as large; one at a time fits the shared memory of smaller GPUs too
-        tiles = replace(tiles, walk_stages=1, output_stages=1, x_stages=1, bc_stages=1)
+    if xbc.dtype == torch.float32:
+        tiles = replace(tiles, **_WIDE_TILES)
     elif (
         min(_sizes(xbc, A, n_groups, d_state)[1], d_state) > 64
-    ):  # states are twice as large, and 99 KiB are there on some
+    ):  # states twice as large; some GPUs have 99 KiB for them
         tiles = replace(tiles, output_stages=min(tiles.output_stages, 2), x_stages=min(tiles.x_stages, 2), bc_stages=1)
     xbc, dt = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (xbc, dt))
     return kernel_forward(xbc, dt, A.float(), D.float(), dt_bias.float(), n_groups, d_state, astuple(tiles))[0]
@@ -111,6 +126,13 @@ def _blocks(n_heads: int, n_groups: int, most: int) -> tuple[int, int]:
     return n_heads // heads, heads
 
 
+def _launch(tiles: Tiles, kernel: str) -> dict[str, int]:
+    """Warps, stages and registers of a kernel."""
+    words = {"num_warps": getattr(tiles, f"{kernel}_warps"), "num_stages": getattr(tiles, f"{kernel}_stages")}
+    registers = getattr(tiles, f"{kernel}_registers")
+    return words | ({"maxnreg": registers} if registers else {})
+
+
 @torch.library.custom_op("flowhn::triton_ssd", mutates_args=())
 def kernel_forward(
     xbc: Tensor, dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, n_groups: int, d_state: int, tiles: Sequence[int]
@@ -129,14 +151,15 @@ def kernel_forward(
         sizes = (n_tokens, n_heads, n_groups, states.shape[2])
         strides = xbc.stride()[:2]
         constants = _constants(xbc, headdim, d_state, cut.chunk)
-        ssd_states_kernel[(n_batch * n_heads,)](
+        n_walks, walked = _blocks(n_heads, n_groups, cut.walk_heads if headdim <= 64 else 1)
+        ssd_states_kernel[(n_batch * n_walks,)](
             xbc, dt, A, dt_bias, states, paces, *sizes, *strides, *dt.stride()[:2],
-            num_warps=cut.walk_warps, num_stages=cut.walk_stages, **constants,
+            WALKED=walked, **constants, **_launch(cut, "walk"),
         )  # fmt: skip
         n_blocks, heads = _blocks(n_heads, n_groups, cut.output_heads)
         ssd_output_kernel[(n_batch * states.shape[2] * n_blocks,)](
             xbc, D, paces, states, y, *sizes, n_blocks, *strides,
-            HEADS=heads, num_warps=cut.output_warps, num_stages=cut.output_stages, **constants,
+            HEADS=heads, **constants, **_launch(cut, "output"),
         )  # fmt: skip
     return y, states, paces
 
@@ -168,27 +191,37 @@ def kernel_backward(
     strides = xbc.stride()[:2]
     constants = _constants(xbc, headdim, d_state, cut.chunk)
     d_states = torch.empty_like(states)
-    kernels.ssd_carry_kernel[(n_batch * n_heads,)](
-        dy, xbc, paces, d_states, *sizes, *strides, num_warps=cut.walk_warps, num_stages=cut.walk_stages, **constants
+    n_walks, walked = _blocks(n_heads, n_groups, cut.walk_heads if headdim <= 64 else 1)
+    kernels.ssd_carry_kernel[(n_batch * n_walks,)](
+        dy, xbc, paces, d_states, *sizes, *strides, WALKED=walked, **constants, **_launch(cut, "walk")
     )
     d_xbc, d_dt = xbc.new_empty(xbc.shape), dt.new_empty(dt.shape)
-    # d_paces (B, H, chunks, 4, L): gradients of cs and step from inside the chunk, of step from the states, x dy over P.
-    d_paces, d_decays = A.new_empty((*states.shape[:3], 4, cut.chunk)), A.new_empty(states.shape[:3])
     n_blocks, heads = _blocks(n_heads, n_groups, cut.x_heads)
     kernels.ssd_backward_x_kernel[(n_batch * n_chunks * n_blocks,)](
-        dy, xbc, D, paces, d_states, d_xbc, d_paces, *sizes, n_blocks, *strides,
-        HEADS=heads, num_warps=cut.x_warps, num_stages=cut.x_stages, **constants,
-    )  # fmt: skip
+        dy, xbc, D, paces, d_states, d_xbc, *sizes, n_blocks, *strides, HEADS=heads, **constants, **_launch(cut, "x")
+    )
+    columns = min(constants.pop("NP"), _COLUMNS)
+    parts = -(-d_state // columns)
+    # What the gradients of dt, A, D and the bias are made of: see the two kernels for their rows.
+    d_paces = A.new_empty((*states.shape[:3], 3 + 2 * parts, cut.chunk))
+    d_decays = A.new_empty((*states.shape[:3], parts * columns))
     n_blocks, heads = _blocks(n_heads, n_groups, cut.bc_heads)
+    d_scores = xbc.new_empty((n_batch, n_chunks, n_blocks, cut.chunk, cut.chunk))
+    rows = {"HEADS": heads, "ROWS": d_paces.shape[3]}
+    kernels.ssd_backward_scores_kernel[(n_batch * n_chunks * n_blocks,)](
+        dy, xbc, paces, d_scores, d_paces, *sizes, n_blocks, *strides,
+        NP=_power(d_state), **rows, **constants, **_launch(cut, "scores"),
+    )  # fmt: skip
     d_bc = A.new_empty((n_blocks // n_groups, n_batch, n_tokens, 2 * n_groups * d_state))
-    kernels.ssd_backward_bc_kernel[(n_batch * n_chunks * n_blocks,)](
-        dy, xbc, paces, states, d_states, d_bc, d_paces, d_decays, *sizes, n_blocks, *strides,
-        HEADS=heads, num_warps=cut.bc_warps, num_stages=cut.bc_stages, **constants,
+    kernels.ssd_backward_bc_kernel[(n_batch * n_chunks * n_blocks * parts,)](
+        dy, xbc, paces, states, d_states, d_scores, d_bc, d_paces, d_decays, *sizes, n_blocks, *strides,
+        NB=columns, PARTS=parts, **rows, **constants, **_launch(cut, "bc"),
     )  # fmt: skip
     dA, dD, d_bias = (A.new_empty((n_batch, n_heads)) for _ in range(3))
     kernels.ssd_backward_dt_kernel[(n_batch * n_heads,)](
-        A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks, L=cut.chunk, CHUNKS=8
-    )
+        A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks,
+        L=cut.chunk, NB=columns, PARTS=parts, ROWS=d_paces.shape[3], CHUNKS=8,
+    )  # fmt: skip
     d_xbc[..., n_heads * headdim :] = d_bc.sum(0)
     return d_xbc, d_dt, dA.sum(0), dD.sum(0), d_bias.sum(0)
 

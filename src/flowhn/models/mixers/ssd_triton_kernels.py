@@ -5,10 +5,11 @@ For each head, with a = A step, cs its running sum inside a chunk of L tokens, h
     W[t, s] = (C[t] B[s]) exp(cs[t] - cs[s]) step[s]  for s <= t
     y = W x + exp(cs) (C h) + D x          h' = exp(cs[L-1]) h + sum_s exp(cs[L-1] - cs[s]) step[s] B[s] x[s]^T
 
-``states`` walks over the chunks of one head and stores step, cs and h before each, ``carry`` walks back and stores dh, the
-gradient of the state behind each. The others take all chunks at once, some heads of one group to a program: ``output``
-makes y, ``backward_x`` the gradient of x, ``backward_bc`` those of B and C, summed over its heads; both leave for
-``backward_dt``, one program a head, what it needs for the gradients of dt, A, D and the bias.
+``states`` walks over the chunks of one head or two and stores step, cs and h before each, ``carry`` walks back and stores
+dh, the gradient of the state behind each. The others take all chunks at once, some heads of one group to a program:
+``output`` makes y, ``backward_x`` the gradient of x, ``backward_scores`` that of C[t] B[s], from which and from the states
+``backward_bc`` makes those of B and C, all three summed over their heads. The last two leave for ``backward_dt``, one
+program a head, what it needs for the gradients of dt, A, D and the bias.
 Letters: B batch, T tokens, H heads, P headdim, G groups of heads that share B and C, N d_state. x, B and C lie side by
 side in one tensor xbc (B, T, H P + 2 G N), as the convolution leaves them.
 """
@@ -71,65 +72,93 @@ def _place(n_heads, n_groups, n_chunks, n_blocks):
 
 
 @triton.jit
+def _columns(heads, head, column, P: tl.constexpr, PP: tl.constexpr):
+    """Where the channels of neighbouring heads lie, P of each in PP columns: offsets from ``heads``, and which there are."""
+    return heads + (head + column // PP) * P + column % PP, column % PP < P
+
+
+@triton.jit
 def ssd_states_kernel(
     xbc, dt, A, bias, states, paces, n_tokens, n_heads, n_groups, n_chunks, stride_b, stride_t, dt_stride_b, dt_stride_t,
-    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, WALKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """states (B, H, chunks, N, P): the state before each chunk of one sequence's head. paces (B, H, chunks, 2, L): step =
-    softplus(dt + bias), 0 outside the sequence, and the running sum of A step within the chunk."""
+    """states (B, H, chunks, N, P): the state before each chunk of one sequence, for WALKED heads of one group. paces (B, H,
+    chunks, 2, L): step = softplus(dt + bias), 0 outside the sequence, and the running sum of A step within the chunk."""
     program = tl.program_id(0).to(tl.int64)
-    batch, head = program // n_heads, (program % n_heads).to(tl.int32)
+    n_walks = n_heads // WALKED
+    batch, head = program // n_walks, (program % n_walks).to(tl.int32) * WALKED
     group = head // (n_heads // n_groups)
-    p, n, t = tl.arange(0, PP), tl.arange(0, NP), tl.arange(0, L)
+    column, n, t = tl.arange(0, WALKED * PP), tl.arange(0, NP), tl.arange(0, L)
     xbc += batch * stride_b
-    dt += batch * dt_stride_b + head
     b_start = xbc + n_heads * P + group * N
     kind = xbc.dtype.element_ty
-    rate, offset = tl.load(A + head), tl.load(bias + head)
-    h = tl.zeros((NP, PP), dtype=tl.float32)
-    mask = (n < N)[:, None] & (p < P)[None, :]
-    place = states + program * n_chunks * N * P + n[:, None] * P + p[None, :]
+    channel, real = _columns(0, head, column, P, PP)
+    first = (batch * n_heads + head) * n_chunks  # of this walk's among all of (B, H, chunks)
+    place = states + (first + column // PP * n_chunks)[None, :] * N * P + n[:, None] * P + (column % PP)[None, :]
+    mask = (n < N)[:, None] & real[None, :]
+    h = tl.zeros((NP, WALKED * PP), dtype=tl.float32)
     for chunk in range(n_chunks):
         row = chunk * L + t
         inside = row < n_tokens
         tl.store(place + chunk * N * P, h.to(kind), mask=mask)
-        raw = tl.load(dt + row * dt_stride_t, mask=inside, other=0.0).to(tl.float32) + offset
-        step = tl.where(inside, _softplus(raw), 0.0)
-        cs, total = tl.cumsum(step * rate, axis=0), tl.sum(step * rate, axis=0)
-        pace = paces + (program * n_chunks + chunk) * 2 * L + t
-        tl.store(pace, step)
-        tl.store(pace + L, cs)
-        x = _tile(xbc + head * P, row, inside, stride_t, p, P).to(tl.float32) * (tl.exp(total - cs) * step)[:, None]
+        weight = tl.zeros((L, WALKED * PP), dtype=tl.float32)
+        decay = tl.zeros((WALKED * PP,), dtype=tl.float32)
+        for number in tl.static_range(WALKED):
+            rate, offset = tl.load(A + head + number), tl.load(bias + head + number)
+            start = dt + batch * dt_stride_b + row * dt_stride_t + head + number
+            raw = tl.load(start, mask=inside, other=0.0).to(tl.float32) + offset
+            step = tl.where(inside, _softplus(raw), 0.0)
+            cs, total = tl.cumsum(step * rate, axis=0), tl.sum(step * rate, axis=0)
+            pace = paces + (first + number * n_chunks + chunk) * 2 * L + t
+            tl.store(pace, step)
+            tl.store(pace + L, cs)
+            mine = column // PP == number
+            weight = tl.where(mine[None, :], (tl.exp(total - cs) * step)[:, None], weight)
+            decay = tl.where(mine, tl.exp(total), decay)
+        x = tl.load(xbc + row[:, None] * stride_t + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
         keys = _tile(b_start, row, inside, stride_t, n, N)
-        h = h * tl.exp(total) + tl.dot(tl.trans(keys), x.to(kind), input_precision=PRECISION)
+        x = (x.to(tl.float32) * weight).to(kind)
+        h = h * decay[None, :] + tl.dot(tl.trans(keys), x, input_precision=PRECISION)
 
 
 @triton.jit
 def ssd_carry_kernel(
     dy, xbc, paces, d_states, n_tokens, n_heads, n_groups, n_chunks, stride_b, stride_t,
-    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, WALKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """d_states (B, H, chunks, N, P): the gradient of the state behind each chunk of one sequence's head."""
+    """d_states (B, H, chunks, N, P): the gradient of the state behind each chunk of one sequence, for WALKED heads."""
     program = tl.program_id(0).to(tl.int64)
-    batch, head = program // n_heads, (program % n_heads).to(tl.int32)
+    n_walks = n_heads // WALKED
+    batch, head = program // n_walks, (program % n_walks).to(tl.int32) * WALKED
     group = head // (n_heads // n_groups)
     width = n_heads * P
-    p, n, t = tl.arange(0, PP), tl.arange(0, NP), tl.arange(0, L)
-    dy += batch * n_tokens * width + head * P
+    column, n, t = tl.arange(0, WALKED * PP), tl.arange(0, NP), tl.arange(0, L)
+    dy += batch * n_tokens * width
     c_start = xbc + batch * stride_b + width + (n_groups + group) * N
     kind = xbc.dtype.element_ty
-    dh = tl.zeros((NP, PP), dtype=tl.float32)
-    mask = (n < N)[:, None] & (p < P)[None, :]
-    place = d_states + program * n_chunks * N * P + n[:, None] * P + p[None, :]
+    channel, real = _columns(0, head, column, P, PP)
+    first = (batch * n_heads + head) * n_chunks
+    place = d_states + (first + column // PP * n_chunks)[None, :] * N * P + n[:, None] * P + (column % PP)[None, :]
+    mask = (n < N)[:, None] & real[None, :]
+    dh = tl.zeros((NP, WALKED * PP), dtype=tl.float32)
     for number in range(n_chunks):
         chunk = n_chunks - 1 - number
         row = chunk * L + t
         inside = row < n_tokens
         tl.store(place + chunk * N * P, dh.to(kind), mask=mask)
-        _, cs, total = _pace(paces, program * n_chunks + chunk, t, L)
-        given = _tile(dy, row, inside, width, p, P).to(tl.float32) * tl.exp(cs)[:, None]
+        weight = tl.zeros((L, WALKED * PP), dtype=tl.float32)
+        decay = tl.zeros((WALKED * PP,), dtype=tl.float32)
+        for walked in tl.static_range(WALKED):
+            _, cs, total = _pace(paces, first + walked * n_chunks + chunk, t, L)
+            mine = column // PP == walked
+            weight = tl.where(mine[None, :], tl.exp(cs)[:, None], weight)
+            decay = tl.where(mine, tl.exp(total), decay)
+        given = tl.load(dy + row[:, None] * width + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+        given = (given.to(tl.float32) * weight).to(kind)
         queries = _tile(c_start, row, inside, stride_t, n, N)
-        dh = dh * tl.exp(total) + tl.dot(tl.trans(queries), given.to(kind), input_precision=PRECISION)
+        dh = dh * decay[None, :] + tl.dot(tl.trans(queries), given, input_precision=PRECISION)
 
 
 @triton.jit
@@ -167,39 +196,30 @@ def ssd_output_kernel(
 
 @triton.jit
 def ssd_backward_x_kernel(
-    dy, xbc, D, paces, d_states, d_xbc, d_paces, n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t,
+    dy, xbc, D, paces, d_states, d_xbc, n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x into d_xbc (B, T, H P + 2 G N), in one chunk of one sequence for HEADS heads of one group.
-
-    And into rows 2 and 3 of d_paces, with the gradient dxs of step x as far as it comes from the states: dxs x, and x dy,
-    each summed over P.
-    """
+    """The gradient of x into d_xbc (B, T, H P + 2 G N), in one chunk of one sequence for HEADS heads of one group."""
     batch, chunk, block, group = _place(n_heads, n_groups, n_chunks, n_blocks)
     width = n_heads * P
     wide = width + 2 * n_groups * N
     p, n, t = tl.arange(0, PP), tl.arange(0, NP), tl.arange(0, L)
     row = chunk * L + t
     inside = row < n_tokens
-    xbc += batch * stride_b
-    keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
+    keys, queries = _keys_and_queries(xbc + batch * stride_b + width, row, inside, stride_t, n_groups, group, n, N)
     kind = xbc.dtype.element_ty
     scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # (source, token)
     for number in range(HEADS):
         head = block * HEADS + number
         state = (batch * n_heads + head) * n_chunks + chunk
         step, cs, total = _pace(paces, state, t, L)
-        x = _tile(xbc + head * P, row, inside, stride_t, p, P).to(tl.float32)
         given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
         dh = _state(d_states, state, n, p, N, P)
         dx = tl.dot(keys, dh, input_precision=PRECISION) * tl.exp(total - cs)[:, None]
-        tl.store(d_paces + (state * 4 + 2) * L + t, tl.sum(dx * x, axis=1))
         weights = (scores * tl.trans(_decay(t, cs))).to(kind)
         dx += tl.dot(weights, given, input_precision=PRECISION)
-        given_wide = given.to(tl.float32)
-        tl.store(d_paces + (state * 4 + 3) * L + t, tl.sum(given_wide * x, axis=1))
-        dx = dx * step[:, None] + tl.load(D + head) * given_wide
+        dx = dx * step[:, None] + tl.load(D + head) * given.to(tl.float32)
         tl.store(
             d_xbc + batch * n_tokens * wide + row[:, None] * wide + head * P + p[None, :],
             dx.to(d_xbc.dtype.element_ty),
@@ -208,16 +228,16 @@ def ssd_backward_x_kernel(
 
 
 @triton.jit
-def ssd_backward_bc_kernel(
-    dy, xbc, paces, states, d_states, d_bc, d_paces, d_decays,
-    n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t,
+def ssd_backward_scores_kernel(
+    dy, xbc, paces, d_scores, d_paces, n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, L: tl.constexpr, HEADS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of B and C in one chunk of one sequence, summed over HEADS heads: d_bc (blocks of a group, B, T, 2 G N).
+    """The gradient of C[t] B[s] inside one chunk of one sequence, summed over HEADS heads of one group: d_scores (B, chunks,
+    blocks, L, L).
 
-    And into rows 0 and 1 of d_paces the gradients of cs and of step as far as they come from inside the chunk, that of cs
-    from the state before it too; into d_decays (B, H, chunks) that of exp(total).
+    And into rows 0 to 2 of d_paces (B, H, chunks, ROWS, L) the gradients of cs and of step as far as they come from inside
+    the chunk, and x dy summed over P.
     """
     batch, chunk, block, group = _place(n_heads, n_groups, n_chunks, n_blocks)
     width = n_heads * P
@@ -225,38 +245,80 @@ def ssd_backward_bc_kernel(
     row = chunk * L + t
     inside = row < n_tokens
     xbc += batch * stride_b
-    kind = xbc.dtype.element_ty
     keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    d_scores = tl.zeros((L, L), dtype=tl.float32)
-    d_keys = tl.zeros((L, NP), dtype=tl.float32)
-    d_queries = tl.zeros((L, NP), dtype=tl.float32)
+    summed = tl.zeros((L, L), dtype=tl.float32)
+    for number in range(HEADS):
+        head = block * HEADS + number
+        state = (batch * n_heads + head) * n_chunks + chunk
+        step, cs, _ = _pace(paces, state, t, L)
+        x = _tile(xbc + head * P, row, inside, stride_t, p, P)
+        given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
+        product = tl.dot(given, tl.trans(x), input_precision=PRECISION)
+        place = d_paces + state * ROWS * L + t
+        tl.store(place + 2 * L, tl.sum(tl.where(t[:, None] == t[None, :], product, 0.0), axis=1))
+        product *= _decay(t, cs)
+        summed += product * step[None, :]
+        # y = W x; rows and columns of one product, whose sums cancel in that of the gradient of cs up to rounding
+        product *= scores
+        d_step = tl.sum(product, axis=0)
+        tl.store(place, tl.sum(product * step[None, :], axis=1) - d_step * step)
+        tl.store(place + L, d_step)
+    start = d_scores + tl.program_id(0).to(tl.int64) * L * L
+    tl.store(start + t[:, None] * L + t[None, :], summed.to(d_scores.dtype.element_ty))
+
+
+@triton.jit
+def ssd_backward_bc_kernel(
+    dy, xbc, paces, states, d_states, d_scores, d_bc, d_paces, d_decays,
+    n_tokens, n_heads, n_groups, n_chunks, n_blocks, stride_b, stride_t,
+    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr, L: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The gradients of NB columns of B and C in one chunk of one sequence, summed over HEADS heads of one group: d_bc (blocks
+    of a group, B, T, 2 G N). PARTS programs side by side take all N columns: more would not fit their registers.
+
+    And, as far as they come from the part's columns of the states: into rows 3 + 2 part and 4 + 2 part of d_paces the
+    gradients of cs and of step, and into d_decays (B, H, chunks, PARTS NB) that of exp(total), to be summed.
+    """
+    part = tl.program_id(0) % PARTS
+    program = tl.program_id(0).to(tl.int64) // PARTS
+    block = (program % n_blocks).to(tl.int32)
+    chunk = (program // n_blocks % n_chunks).to(tl.int32)
+    batch = program // n_blocks // n_chunks
+    group = block // (n_blocks // n_groups)
+    width = n_heads * P
+    p, t = tl.arange(0, PP), tl.arange(0, L)
+    column = tl.arange(0, NB)
+    n = part * NB + column
+    row = chunk * L + t
+    inside = row < n_tokens
+    xbc += batch * stride_b
+    keys, queries = _keys_and_queries(xbc + width, row, inside, stride_t, n_groups, group, n, N)
+    d_keys = tl.zeros((L, NB), dtype=tl.float32)
+    d_queries = tl.zeros((L, NB), dtype=tl.float32)
     for number in range(HEADS):
         head = block * HEADS + number
         state = (batch * n_heads + head) * n_chunks + chunk
         step, cs, total = _pace(paces, state, t, L)
-        x = _tile(xbc + head * P, row, inside, stride_t, p, P)
-        given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
         h = _state(states, state, n, p, N, P)
         dh = _state(d_states, state, n, p, N, P)
-        tl.store(d_decays + state, tl.sum(tl.sum(h.to(tl.float32) * dh.to(tl.float32), axis=1), axis=0))
-        # y = W x; rows and columns of one product, whose sums cancel in that of d_cs up to rounding
-        product = tl.dot(given, tl.trans(x), input_precision=PRECISION) * _decay(t, cs)
-        d_scores += product * step[None, :]
-        product *= scores
-        d_step = tl.sum(product, axis=0)
-        d_cs = tl.sum(product * step[None, :], axis=1)
+        tl.store(d_decays + (state * PARTS + part) * NB + column, tl.sum(h.to(tl.float32) * dh.to(tl.float32), axis=1))
+        place = d_paces + (state * ROWS + 3 + 2 * part) * L + t
         # y += exp(cs) (C h)
-        part = tl.dot(given, tl.trans(h), input_precision=PRECISION) * tl.exp(cs)[:, None]
-        d_queries += part
-        d_cs += tl.sum(part * queries.to(tl.float32), axis=1)
-        tl.store(d_paces + state * 4 * L + t, d_cs - d_step * step)
-        tl.store(d_paces + (state * 4 + 1) * L + t, d_step)
+        given = _tile(dy + batch * n_tokens * width + head * P, row, inside, width, p, P)
+        product = tl.dot(given, tl.trans(h), input_precision=PRECISION) * tl.exp(cs)[:, None]
+        d_queries += product
+        tl.store(place, tl.sum(product * queries.to(tl.float32), axis=1))
         # h' = exp(total) h + sum_s exp(total - cs[s]) step[s] B[s] x[s]^T
-        d_keys += tl.dot(x, tl.trans(dh), input_precision=PRECISION) * (tl.exp(total - cs) * step)[:, None]
-    d_queries += tl.dot(d_scores.to(kind), keys, input_precision=PRECISION)
-    d_keys += tl.dot(tl.trans(d_scores).to(kind), queries, input_precision=PRECISION)
-    n_batch = tl.num_programs(0) // n_blocks // n_chunks
+        x = _tile(xbc + head * P, row, inside, stride_t, p, P)
+        product = tl.dot(x, tl.trans(dh), input_precision=PRECISION) * tl.exp(total - cs)[:, None]
+        d_keys += product * step[:, None]
+        tl.store(place + L, tl.sum(product * keys.to(tl.float32), axis=1))
+    inner = tl.load(d_scores + program * L * L + t[:, None] * L + t[None, :])
+    d_queries += tl.dot(inner, keys, input_precision=PRECISION)
+    d_keys += tl.dot(tl.trans(inner), queries, input_precision=PRECISION)
+    n_batch = tl.num_programs(0) // PARTS // n_blocks // n_chunks
     part_of = (block % (n_blocks // n_groups)) * n_batch + batch
     start = d_bc + (part_of * n_tokens + row[:, None]) * (2 * n_groups * N) + group * N
     mask = inside[:, None] & (n < N)[None, :]
@@ -267,7 +329,7 @@ def ssd_backward_bc_kernel(
 @triton.jit
 def ssd_backward_dt_kernel(
     A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks,
-    L: tl.constexpr, CHUNKS: tl.constexpr,
+    L: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """From what the two kernels above left: the gradients of dt (B, T, H) and, of one sequence's head, of A, D and the bias
     (B, H). CHUNKS at a time."""
@@ -284,12 +346,16 @@ def ssd_backward_dt_kernel(
         place = paces + state[:, None] * 2 * L
         step = tl.load(place + t, mask=mask, other=0.0)
         total = tl.load(paces + state * 2 * L + 2 * L - 1, mask=chunk < n_chunks, other=0.0)
-        place = d_paces + state[:, None] * 4 * L + t
+        place = d_paces + state[:, None] * ROWS * L + t
         d_cs, d_step = tl.load(place, mask=mask, other=0.0), tl.load(place + L, mask=mask, other=0.0)
-        by_state = tl.load(place + 2 * L, mask=mask, other=0.0)
-        skips += tl.load(place + 3 * L, mask=mask, other=0.0)
-        d_total = tl.exp(total) * tl.load(d_decays + state, mask=chunk < n_chunks, other=0.0)
-        d_total += tl.sum(by_state * step, axis=1)
+        skips += tl.load(place + 2 * L, mask=mask, other=0.0)
+        by_state = tl.zeros((CHUNKS, L), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            d_cs += tl.load(place + (3 + 2 * part) * L, mask=mask, other=0.0)
+            by_state += tl.load(place + (4 + 2 * part) * L, mask=mask, other=0.0)
+        column = tl.arange(0, PARTS * NB)[None, :]
+        by_decay = tl.sum(tl.load(d_decays + state[:, None] * PARTS * NB + column, mask=mask, other=0.0), axis=1)
+        d_total = tl.exp(total) * by_decay + tl.sum(by_state * step, axis=1)
         # cs is a running sum: a token's A step is in all later ones.
         d_decay = tl.cumsum(d_cs - by_state * step, axis=1, reverse=True) + d_total[:, None]
         sums += step * d_decay
