@@ -55,7 +55,7 @@ VARIANTS = (  # what may reach the goal, and what its parts do alone
     "fac_rope",
     "fac_keys",
 )
-LATER_VARIANTS = (  # fell short in a session whose records were lost: after the long contexts
+LATER_VARIANTS = (  # after the long contexts: they fell short, or only make a row faster
     "fac_thin",
     "fac_keys_rope_window",
     "fac_rope_thin",
@@ -63,6 +63,7 @@ LATER_VARIANTS = (  # fell short in a session whose records were lost: after the
     "fac_window",
     "fac_keys_rope_cross",
     "fac_bf16_residual",
+    "fac_keys_rope_conv_gated_bf16",
 )
 PROBES = ("flowhn_2.5e-4", "flowhn_no_5e-4", "flowhn_no_1e-3")  # rates of table1_lr that only kinds=probe plans
 LONG_MODELS = ("flowhn_fac", "flowhn_no", "llama", "mamba2", "shm")
@@ -126,7 +127,8 @@ def plan_jobs(
         extra: more rows of Table 1 as ``cell:seed``, whether or not they are committed.
         long_seed: which seed of the models is asked over long contexts.
         committed: cells and seeds that need no second seed, because their records are there already.
-        variants: rows of ``beyond``, ahead of all but their rates; where none is named all of them, in their place.
+        variants: rows of ``beyond`` as ``cell`` or ``cell:seed``, ahead of all but their rates; where none is named all of them, in
+            their place.
 
     Raises:
         UserError: a variant that ``beyond`` has not.
@@ -149,25 +151,23 @@ def plan_jobs(
     trained = [(job.cell, job.seed) for job in table]
     seeds = [Job("seed", "table1", *row, tokens) for row in dict.fromkeys(now) if row not in trained]
     trained += [(job.cell, job.seed) for job in seeds]
+    named = [(cell, seed or "0") for cell, _, seed in (one.partition(":") for one in variants)]
+    for cell, seed in named:
+        if cell not in (*VARIANTS, *LATER_VARIANTS) or not seed.isdecimal():
+            raise UserError(f"--variants={cell}:{seed} is no row of beyond that is planned here; see VARIANTS")
     first, later = (
-        [
-            Job("variant", "beyond", cell, 0, tokens)
-            for cell in cells
-            if "variant" in wanted and (not variants or cell in variants)
-        ]
+        [Job("variant", "beyond", cell, 0, tokens) for cell in cells if "variant" in wanted and not variants]
         for cells in (VARIANTS, LATER_VARIANTS)
     )
-    if unknown := set(variants) - {*VARIANTS, *LATER_VARIANTS}:
-        raise UserError(f"--variants={min(unknown)} is no row of beyond that is planned here; see VARIANTS")
     long: list[Job] = []
     for row in sorted(asked, key=lambda row: row not in trained):
         job = Job("long", "table1", *row, tokens)
         long += [job] if row in trained else [Job("seed", "table1", *row, tokens, then=job.seconds()), job]
     late = [] if table else rates
     ahead: list[Job] = []
-    if variants:  # what was asked for by name is what the session is for; its speeds stand beside FAC_Split's
-        ahead = [job for job in [*table, *seeds] if (job.cell, job.seed) == (BASE, 0)] + first + later
-        first = later = []
+    if named:  # what was asked for by name is what the session is for; its speeds stand beside FAC_Split's
+        ahead = [job for job in [*table, *seeds] if (job.cell, job.seed) == (BASE, 0)]
+        ahead += [Job("variant", "beyond", cell, int(seed), tokens) for cell, seed in named if "variant" in wanted]
     order = [*(rates if table else []), *ahead, *table, *seeds, *first, *long, *later, *late]
     return list(dict.fromkeys(order))
 

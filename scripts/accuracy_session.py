@@ -317,7 +317,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--lr-tokens", type=int, default=4_000_000)
     parser.add_argument("--kinds", default="lr,table,seed,variant,long")
     parser.add_argument("--extra", action="append", default=[], help="one more row of Table 1, cell:seed")
-    parser.add_argument("--variants", default="", help="rows of beyond, with commas; all, where none is named")
+    parser.add_argument(
+        "--variants", default="", help="rows of beyond, or row:seed, with commas; all, where none is named"
+    )
     parser.add_argument("--long-seed", type=int, default=0, help="the seed of the models asked over long contexts")
     parser.add_argument("--data", default="data")
     parser.add_argument("--valid", default="valid")

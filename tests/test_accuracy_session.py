@@ -214,7 +214,7 @@ def test_the_planned_session_follows_its_worth(tmp_path):
         "seed-mamba2-s1", "long-mamba2-s1",
     ]  # fmt: skip
     assert names[24:26] == ["variant-fac_thin-s0", "variant-fac_keys_rope_window-s0"]
-    assert [job.kind for job in jobs[31:]] == ["probe"] * 3
+    assert [job.kind for job in jobs[-3:]] == ["probe"] * 3
     without = accuracy_jobs.plan_jobs(args.tokens, 1, "seed,variant", committed={("flowhn_no", 1)})
     assert "seed-flowhn_no-s1" not in {job.name for job in without}
     one, two = (accuracy_jobs.timetable(jobs, gpus=gpus, seconds=1350) for gpus in (1, 2))
@@ -224,15 +224,16 @@ def test_the_planned_session_follows_its_worth(tmp_path):
 
 
 def test_variants_asked_for_by_name_come_first(monkeypatch, capsys):
-    words = ["plan", "--kinds", "table,variant", "--variants", "fac_keys,fac_bf16_residual"]
+    words = ["plan", "--kinds", "table,variant", "--variants", "fac_keys,fac_bf16_residual,fac_keys:1"]
     names = [job.name for job in accuracy_jobs.planned(accuracy_session.parse(words))]
-    assert names[:3] == ["table-flowhn_fac-s0", "variant-fac_keys-s0", "variant-fac_bf16_residual-s0"]
-    assert len(names) == len(set(names)) == 12
+    named = ["variant-fac_keys-s0", "variant-fac_bf16_residual-s0", "variant-fac_keys-s1"]
+    assert names[:4] == ["table-flowhn_fac-s0", *named]
+    assert len(names) == len(set(names)) == 13
     monkeypatch.setattr(sys, "argv", ["accuracy_session.py", *words, "--variants", "fac_none"])
     with pytest.raises(SystemExit) as ended:
         accuracy_session.main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err.startswith("--variants=fac_none is no row of beyond")
+    assert capsys.readouterr().err.startswith("--variants=fac_none:0 is no row of beyond")
 
 
 def test_a_long_job_is_planned_with_its_training_and_does_not_wait_for_what_cannot_come(tmp_path):

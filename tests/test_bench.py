@@ -387,6 +387,8 @@ def test_overlap_is_what_the_union_does_not_cover():
     assert union([(0, 2), (1, 3), (5, 6)]) == 4
     assert kind_of("selective_scan_bwd_kernel<x>") == kind_of("ssd_backward_x_kernel") == "SSM scan"
     assert kind_of("nvjet_sm90_tst_192x192_64x4") == "matrix products"
+    assert kind_of("triton_poi_fused_add_flowhn_triton_ssd_backward_slice_3") == "norms, gates, copies"
+    assert kind_of("triton_red_fused__log_softmax_0") == "loss"
     assert kind_of("something new") == "other"
     found = profile_steps(lambda: torch.randn(64, 64) @ torch.randn(64, 64), device=torch.device("cpu"))
     assert found["kernel_ms"] > 0

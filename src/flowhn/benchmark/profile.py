@@ -19,12 +19,17 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("norms, gates, copies", ("triton_", "elementwise", "copy", "cat", "reduce", "fill", "memset", "memcpy", "norm")),
     ("embedding", ("grad_weight", "scatter", "embedding", "indexing", "sort", "radix", "scan_by_key", "segment")),
 )
+# Inductor names a kernel after the operators at its edges too: of these, all but a loss move and gate what others computed.
+_FUSED = ("triton_poi_", "triton_red_", "triton_per_")
 
 
 def kind_of(kernel: str) -> str:
     """The kind of a kernel, by its name; ``other`` where nothing is known."""
     lower = kernel.lower()
-    return next((kind for kind, words in _KINDS if any(word in lower for word in words)), "other")
+    kinds = (
+        [row for row in _KINDS if row[0] in ("loss", "norms, gates, copies")] if lower.startswith(_FUSED) else _KINDS
+    )
+    return next((kind for kind, words in kinds if any(word in lower for word in words)), "other")
 
 
 def profile_steps(step: Callable[[], None], *, device: torch.device, top: int = 25) -> dict[str, Any]:
