@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument(
         "--mamba-ssm", action="store_true", help="mamba_ssm's kernels too: they try their tiles for minutes"
     )
+    parser.add_argument("--tilings", nargs="+", type=int, help="places in the list; all, where none is given")
     options = parser.parse_args()
     n_batch, n_tokens, n_heads = map(int, options.shape.split(","))
     torch.manual_seed(0)
@@ -86,7 +87,7 @@ def main() -> None:
         x, B, C = x.unflatten(-1, (n_heads, HEADDIM)), B.unsqueeze(2), C.unsqueeze(2)
         return mamba_ssm_ssd(x, dt, small[0], B, C, small[1], small[2], chunk_size=256).flatten(2)
 
-    for cut in map(tiles, TILINGS):
+    for cut in [tiles(TILINGS[i]) for i in options.tilings or range(len(TILINGS))]:
         try:
             found = kernel_ms(lambda cut=cut: torch.autograd.grad(ours(cut), leaves, dy))
         except Exception as error:  # a tiling that does not fit is a finding; the others are still timed

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# A whole session on a lent machine of two GPUs: models are trained on GPU 0 (accuracy_session.sh), steps are timed on GPU 1
-# (speed_session.sh), GPU tests at the end; every call brings home all that there is, so that a lost machine costs one call at most.
+# A whole session on a lent machine of two GPUs: models are trained on GPU 0 (accuracy_session.sh), then other cases than figure 4 are timed
+# there and GPU tests run at the end; figure 4 is timed on GPU 1 (speed_session.sh). Every call brings home all that there is, so that a
+# lost machine costs one call at most. scripts/gpu_archives.sh makes what the calls carry.
 # Calls must follow each other within 30 seconds, or the machine goes back: have the next one ready. COMMIT=... names the code.
 #   bash scripts/gpu_session.sh packages        call 1, carrying build/site.tar.xz and build/mamba.tar.xz; tries what no GPU has run yet
 #   bash scripts/gpu_session.sh go 560          call 2, carrying .data (and build/frozen.tar.xz where FROZEN is set, see speed_session.sh)
@@ -8,16 +9,15 @@
 #   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests on GPU 0 as soon as training has ended there; seconds as many as are left, less 15
 # SECONDS_ALL=1100: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.
 # On a fresh machine after a lost one, calls 1 and 2 again: ACCURACY_RECORDS=accuracy.tgz and BENCH_RECORDS=bench.tgz, carried, go on from what came home.
-# $OUT gets accuracy.tgz (accuracy_session.py keep), bench.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
+# $OUT gets accuracy.tgz (accuracy_session.py keep), bench.tgz and bench0.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
 # beside a group of tests that ended with 124 (out of time) lacks that group's comparisons and is not to be committed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 begun=$(date +%s) phase=${1:?packages or go} limit=${2:-0} also=${3:-}
 out=${OUT:-outputs} site=${SITE:-/tmp/site} kept=${KEPT:-/tmp/kept} accuracy=/tmp/accuracy
 mkdir -p "$out" "$kept"
-# FAC_Split and its variants anew, in one session: where attention sees all keys, only the tokens that ask are computed since their last records.
-variants=fac_keys_rope_conv_gated,fac_keys_rope_conv_sum,fac_keys_rope_conv,fac_keys_rope_sum,fac_keys_rope,fac_keys
-variants+=,fac_rope_conv_sum,fac_rope_conv,fac_conv,fac_rope,fac_sum,fac_bf16_residual,flowhn_no_conv,flowhn_no_sum
+# What may close half of FAC_Split's gap at 90 % of its speed, two seeds of it, and what it is made of.
+variants=fac_keys_rope_conv_gated_bf16,fac_keys_rope_conv_gated,fac_keys_rope_conv_gated_bf16:1,fac_bf16_residual,fac_keys_rope_conv_sum
 left() { echo $((limit - ($(date +%s) - begun))); }
 
 if [ "$phase" = packages ]; then
@@ -29,16 +29,25 @@ if [ "$phase" = packages ]; then
     grep -iE "tokens/s at|failed|error"
   PYTHONPATH=src:$site timeout 60 "${PYTHON:-python3}" -c "from flowhn.benchmark.kernel_checks import check_kernel as check
 print(check('mamba2', 'triton', 'cuda'))" 2>&1 | tail -n 3
-  CUDA_VISIBLE_DEVICES=0 PYTHONPATH=src:$site timeout 100 "${PYTHON:-python3}" -m pytest -q -m gpu -p no:cacheprovider \
-    tests/test_gpu_mixers.py -k some_tokens 2>&1 | tail -n 12 >"$kept/tails.log" &
-  export CUDA_VISIBLE_DEVICES=1
-  PYTHONPATH=src:$site timeout 60 "${PYTHON:-python3}" scripts/bench_attention.py 2>&1 | grep -v -i warn
-  for segments in 1 2 4; do
-    PYTHONPATH=src:$site timeout 40 "${PYTHON:-python3}" scripts/bench_scan.py --shapes 32,1024,1536,16 \
-      --tiles "4,8,64,1,128,1,1,$segments" "4,8,64,1,64,1,1,$segments" 2>&1 | grep triton
+  # Compiled side by side on GPU 0, then timed alone on GPU 1.
+  export PYTHONPATH=src:$site
+  for tiling in 0 1 2 3 4 5; do
+    CUDA_VISIBLE_DEVICES=0 timeout 100 "${PYTHON:-python3}" scripts/bench_ssd.py --tilings $tiling >/dev/null 2>&1 &
   done
+  scans="4,8,64,1,128,1,1,0,0,0 4,8,64,1,128,1,1,0,128,168 4,8,64,1,128,1,1,0,96,128 4,8,64,1,64,1,1,0,112,128"
+  # shellcheck disable=SC2086
+  CUDA_VISIBLE_DEVICES=0 timeout 100 "${PYTHON:-python3}" scripts/bench_scan.py --shapes 16,447,4096,16 --tiles $scans >/dev/null 2>&1 &
   wait
-  cat "$kept/tails.log"
+  CUDA_VISIBLE_DEVICES=0 timeout 110 "${PYTHON:-python3}" -m pytest -q -m gpu -p no:cacheprovider \
+    tests/test_ssd_triton.py -k bfloat16 2>&1 | tail -n 12 >"$kept/ssd.log" &
+  export CUDA_VISIBLE_DEVICES=1
+  timeout 60 "${PYTHON:-python3}" scripts/bench_ssd.py 2>&1 | grep -v -i warn
+  timeout 60 "${PYTHON:-python3}" scripts/bench_ssd.py --shape 128,1024,24 --tilings 0 1 2 3 2>&1 | grep -v -i warn
+  # shellcheck disable=SC2086
+  timeout 60 "${PYTHON:-python3}" scripts/bench_scan.py --shapes 128,447,1536,16 64,447,4096,16 16,1024,4096,16 --tiles $scans 2>&1 |
+    grep -E "triton|shape"
+  wait
+  cat "$kept/ssd.log"
   exit
 fi
 [ "$limit" -ge 60 ] || { echo "say how many seconds this call may take, 60 or more: gpu_session.sh go 560" >&2; exit 2; }
@@ -70,11 +79,20 @@ if [ "$also" = tests ]; then  # on cores of their own, lest their compiling slow
     fi
   } &
 fi
-WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} CUDA_VISIBLE_DEVICES=1 OUT="$kept" taskset -c "$cores" \
+# GPU 0 is free once training is over: it takes the cases that are no part of figure 4, as bench0.tgz, in a call without tests.
+[ ! -e "$kept/bench0.tgz" ] || skip=bench=
+if [ -e "$accuracy/finished" ] && [ "$also" != tests ]; then
+  mkdir -p "$kept/0"
+  (OUT="$kept/0" ONLY=bench= WORK=/tmp/bench0 CUDA_VISIBLE_DEVICES=0 taskset -c "0-$((half - 1))" \
+    bash scripts/speed_session.sh $(($(left) - 12)) </dev/null >"$kept/0.log" 2>&1; cp "$kept/0/bench.tgz" "$kept/bench0.tgz") &
+  cores=$half-$(($(nproc) - 1)) skip=bench=
+fi
+WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} SKIP=${skip:-} CUDA_VISIBLE_DEVICES=1 OUT="$kept" taskset -c "$cores" \
   bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
 wait
 [ "$also" != tests ] || grep -E "^==|passed|failed|^FAILED|^training" "$kept/tests.out" | tail -n 70
+[ ! -e "$kept/0.log" ] || cat "$kept/0.log"
 train  # packs what is finished
 tail -n 40 "$kept/accuracy.log"
-cp "$kept"/{accuracy.tgz,bench.tgz,gpu.json,tests.log} "$out" 2>/dev/null
+cp "$kept"/{accuracy.tgz,bench.tgz,bench0.tgz,gpu.json,tests.log} "$out" 2>/dev/null
 echo "$(date +%T) $(left) s left of this call"

@@ -2,7 +2,8 @@
 # Issue 4's timing on a GPU machine that is lent for minutes, what matters most first; goes on from /tmp/bench in the next call.
 #   COMMIT=... scripts/speed_session.sh 540        seconds that this call may take; CUDA_VISIBLE_DEVICES chooses the GPU
 # scripts/gpu_session.sh calls it beside training and GPU tests. RECORDS=bench.tgz goes on from an earlier machine's file;
-# ONLY='bench=peers|balance' takes the steps whose words match, so that two GPUs (with WORK and OUT of their own) share the list.
+# ONLY='bench=peers|balance' takes the steps whose words match, SKIP=bench= those whose do not, so that two GPUs (with WORK and OUT of
+# their own) share the list.
 # REPEAT=1 measures again, as records of their own (another day). Needs the packages of scripts/gpu_packages.sh.
 # FROZEN=435310f times figure 4 by the code of an earlier commit, so that its cells are repeats (REPEAT=1) of that day's: make it with
 #   git archive 435310f src configs pyproject.toml | xz >build/frozen.tar.xz
@@ -45,28 +46,28 @@ bench() {  # words of flowhn-bench; MOST=... seconds that it may take at most, a
 }
 step() {  # as bench; not begun with less than 25 seconds left, nor where ONLY asks for others
   [[ "$*" =~ ${ONLY:-.} ]] || return 0
+  [ -z "${SKIP:-}" ] || [[ ! "$*" =~ $SKIP ]] || return 0
   [ "$(left)" -gt 25 ] || { echo "left out: $*"; return; }
   echo "$(date +%T) $*"
   bench "$@"
 }
 # What belongs into one run comes first (figure 4: the rows the goals are about, then the others), then peers, then repeats, which tell
 # the spread within a session, then what may be faster still. REPEAT=1 (above) is for another day.
-step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]' profile=true prepare=3
-step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,llama,shm,flowhn_fac]' profile=true
-step 'sizes=[350m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm]' prepare=2
-step 'sizes=[135m]' 'models=[shm,jamba,mamba1,mamba2,hymba,flowhn_no,flowhn_ae,flowhn_fa]' prepare=2
+step 'sizes=[135m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,mamba2]' profile=true prepare=4
+step 'sizes=[1b]' 'models=[flowhn_fac_mamba2,mamba2,llama,shm,flowhn_fac]' profile=true
+step 'sizes=[350m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm,mamba2]' prepare=2
+step 'sizes=[135m]' 'models=[shm,jamba,mamba1,hymba,flowhn_no,flowhn_ae,flowhn_fa]' prepare=2
+step 'sizes=[1b]' 'models=[jamba,hymba,mamba1]'
+step 'sizes=[350m]' 'models=[jamba,hymba,mamba1]'
 # transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair. Its Mamba-2 tries out the tiles of
 # mamba_ssm's kernels for two minutes before its first step: not prepared beside others, and never longer than MOST.
 if need_packages mamba_ssm causal_conv1d; then
-  MOST=240 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' batch=128
   MOST=260 step bench=peers 'models=[mamba2,peer_mamba2]' batch=128
+  MOST=240 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' batch=128
 fi
-step 'sizes=[350m]' 'models=[jamba,mamba2,hymba,mamba1]' prepare=2
-step 'sizes=[1b]' 'models=[mamba2,jamba,hymba,mamba1]'
-step "repeat=$((${REPEAT:-0} + 1))" 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
-step 'sizes=[1b]' 'models=[flowhn_fac_mamba2]' batch=128  # FAC's Mamba-1 branch needs about 135 GB there
 step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]' batch=128
 step 'sizes=[350m,1b]' 'models=[flowhn_no,flowhn_ae,flowhn_fa]'
+step "repeat=$((${REPEAT:-0} + 1))" 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
 step 'sizes=[350m]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
 step bench=balance 'models=[fac_flops,fac_time,fac_03,fac_05,fac_07]'
 step bench=length prepare=4
