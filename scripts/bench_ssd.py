@@ -18,7 +18,7 @@ from flowhn.models.mixers.ssd_cuda import mamba_ssm_ssd
 from flowhn.models.mixers.ssd_triton import Tiles, triton_ssd
 
 HEADDIM, STATES = 64, 128
-# One setting for each of the five kernels in its order: walks; output; x's gradient; that of C B; those of B and C.
+# Seven kernels in five settings: the two walks, states and carry; output; x's gradient; that of C B (scores); those of B and C; dt has none.
 KERNELS = ("walk", "output", "x", "scores", "bc")
 TILINGS = [  # chunk, bc_heads, and of each kernel warps, stages, registers
     Tiles(),
@@ -37,7 +37,7 @@ def tiles(setting: Tiles | tuple) -> Tiles:
     chunk, heads, *rest = setting
     words = {f"{name}_{what}": value for name, three in zip(KERNELS, rest, strict=True)
              for what, value in zip(("warps", "stages", "registers"), three, strict=True)}  # fmt: skip
-    return Tiles(chunk=chunk, bc_heads=heads, walk_heads=words["walk_warps"] // 4, **words)
+    return Tiles(chunk=chunk, bc_heads=heads, walk_heads=max(1, words["walk_warps"] // 4), **words)
 
 
 def kernel_ms(function: Callable[[], None], calls: int = 5) -> dict[str, float]:

@@ -131,6 +131,11 @@ def resolve_attention(requested: str, device_type: str) -> str:
     return _resolve_attention(requested, device_type)
 
 
+# For custom operators whose kernels take rows that lie apart. torch.compile pads rows of which the bytes are no multiple of
+# 128 (in_proj of Mamba-2 at 135m makes 3,352 columns) and, without the tag, copies what an operator reads of them.
+ANY_STRIDES = (torch.Tag.needs_fixed_stride_order,)
+
+
 @cache
 def _triton_usable() -> bool:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):

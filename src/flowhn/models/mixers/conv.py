@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flowhn.models.kernels import triton_usable
+from flowhn.models.kernels import ANY_STRIDES, triton_usable
 
 _KERNEL_TAPS = 4  # more do not fit the Triton kernel's registers; d_conv is 4 in every model of the paper
 
@@ -47,7 +47,7 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, *, kernel: 
     return conv_silu(x, weight.squeeze(1).float().contiguous(), bias.float())
 
 
-@torch.library.custom_op("flowhn::conv_silu", mutates_args=())
+@torch.library.custom_op("flowhn::conv_silu", mutates_args=(), tags=ANY_STRIDES)
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (B, T, E), weight (E, K), bias (E,) -> (B, T, E), contiguous."""
     from flowhn.models.mixers.conv_triton import conv_silu_forward  # needs Triton
@@ -55,7 +55,7 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return conv_silu_forward(x, weight, bias)
 
 
-@torch.library.custom_op("flowhn::conv_silu_backward", mutates_args=())
+@torch.library.custom_op("flowhn::conv_silu_backward", mutates_args=(), tags=ANY_STRIDES)
 def conv_silu_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     from flowhn.models.mixers import conv_triton

@@ -90,9 +90,10 @@ class Mamba2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
+        kernel = self.kernel(x.device.type)
         z, xbc, dt = self._project(x)
-        xbc = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, kernel=self.kernel(x.device.type))
-        return self.out_proj(self.norm(self._scan(xbc, dt), z))
+        xbc = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, kernel=kernel)
+        return self.out_proj(self.norm(self._scan(xbc, dt), z, kernel=kernel))
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """z (B, T, E), xbc (B, T, E + 2 G N) with x, B and C side by side, and dt (B, T, H)."""

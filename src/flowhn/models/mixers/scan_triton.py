@@ -15,6 +15,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from flowhn.models.kernels import ANY_STRIDES
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -27,10 +29,10 @@ class Tiles:
         forward_warps, backward_warps: warps of a program, of 32 threads.
         keep_states: keep the states for the backward (4 N / chunk bytes for each token and channel), or have the
             backward run the forward's recurrence once more.
-        segments: pieces of a sequence that run side by side, which costs a forward more and a quarter of a backward;
-            0: as many as fill a GPU that too few sequences leave idle.
-        forward_registers, backward_registers: the most of a thread's (0: as the compiler likes); with fewer more programs
-            share a processor.
+        segments: pieces of a sequence that run side by side, for which the forward runs twice and a quarter of a backward is
+            added; 0: as many as fill a GPU that too few sequences leave idle.
+        forward_registers, backward_registers: the most of a thread's in the kernels of these names (0: as the compiler likes);
+            with fewer more programs share a processor.
     """
 
     chunk: int = 4
@@ -48,8 +50,8 @@ class Tiles:
 DEFAULT_TILES = Tiles()
 _ROWS = 128  # segments of all sequences together that fill a GPU
 _SHORTEST_SEGMENT = 256  # tokens; shorter ones cost more than they gain
-# A segmented forward runs twice: with so many programs it is faster whole (0.9 ms against 1.1 with four segments, at 32 x 1024
-# tokens and E 1536 on an H200, which is 768 programs).
+# With so many programs a forward is faster whole, although it leaves a part of the GPU idle (0.9 ms against 1.1 with four
+# segments, at 32 x 1024 tokens and E 1536 on an H200, which is 768 programs).
 _ENOUGH_PROGRAMS = 600
 
 
@@ -96,7 +98,7 @@ def _segments(u: Tensor, tiles: Sequence[int], *, forward: bool) -> tuple[int, i
 
 def _registers(tiles: Sequence[int], place: int) -> dict[str, int]:
     """The cap of registers that stands there, if one does."""
-    return {"maxnreg": tiles[place]} if len(tiles) > place and tiles[place] else {}
+    return {"maxnreg": tiles[place]} if len(tiles) > place and tiles[place] and not torch.version.hip else {}
 
 
 def _states_shape(u: Tensor, A: Tensor, tiles: Sequence[int]) -> tuple[int, ...]:
@@ -160,7 +162,7 @@ def _run_forward(
     launch(save=save, output=output, start=n_segments > 1)
 
 
-@torch.library.custom_op("flowhn::triton_scan", mutates_args=())
+@torch.library.custom_op("flowhn::triton_scan", mutates_args=(), tags=ANY_STRIDES)
 def triton_forward(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, bias: Tensor, tiles: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
@@ -173,7 +175,7 @@ def triton_forward(
     return y, states
 
 
-@torch.library.custom_op("flowhn::triton_scan_backward", mutates_args=())
+@torch.library.custom_op("flowhn::triton_scan_backward", mutates_args=(), tags=ANY_STRIDES)
 def triton_backward(
     dy: Tensor,
     u: Tensor,

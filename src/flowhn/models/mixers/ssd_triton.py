@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from flowhn.models.kernels import ANY_STRIDES
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,13 @@ class Tiles:
 
     Args:
         chunk: tokens of a chunk, 16 or more and a power of two; the state before each one is kept for the backward.
-        walk_heads, ...: of the two kernels that walk over the chunks: heads of a program, 1 or 2.
+        walk_heads, walk_warps, walk_stages, walk_registers: of the two kernels that walk over the chunks, states and carry:
+            heads of a program, 1 or 2 (1 where 2 do not divide a group's, are wider than 64 each or would leave a GPU idle;
+            it then has half the warps).
         output_heads, ...: of the kernel that makes y: heads of a program, at most (fewer where that does not divide those of
             a group).
-        x_heads, ...: of the one that makes the gradient of x.
-        bc_heads: of the two that make those of B and C, which are summed over its programs.
+        x_heads, ...: of the one that makes the gradient of x, likewise.
+        bc_heads: heads of a program in the two that make those of B and C, likewise; what the programs made is summed.
         scores_warps, ...: of the first of them, which makes the gradient of C B.
         bc_warps, ...: of the second.
     """
@@ -57,9 +62,11 @@ class Tiles:
 DEFAULT_TILES = Tiles()
 LARGEST = 128  # of headdim and d_state: a state of that size fits a program's registers
 _COLUMNS = 64  # of the states, for which one program of the kernel for B and C has room
-# Wider elements take more registers than the caps leave, and stages more of the shared memory than smaller GPUs have.
-_WIDE_TILES = {f"{name}_registers": 0 for name in ("walk", "output", "x", "scores", "bc")}
-_WIDE_TILES |= {f"{name}_stages": 1 for name in ("walk", "output", "x", "scores", "bc")}
+_WALKS = 264  # programs of two heads that fill an H200
+_KERNELS = ("walk", "output", "x", "scores", "bc")
+_UNCAPPED = {f"{name}_registers": 0 for name in _KERNELS}  # twice the elements of a head take more than the caps leave
+# In float32 loads of one stage alone fit the shared memory of smaller GPUs.
+_FLOAT32 = _UNCAPPED | {f"{name}_stages": 1 for name in _KERNELS}
 
 
 def triton_ssd(
@@ -84,13 +91,19 @@ def triton_ssd(
 
     Returns:
         (B, T, H P) in xbc's type.
+
+    Raises:
+        ValueError: P or N above :data:`LARGEST`.
     """
+    headdim = _sizes(xbc, A, n_groups, d_state)[1]
+    if max(headdim, d_state) > LARGEST:
+        raise ValueError(f"headdim={headdim} and d_state={d_state} must not be above {LARGEST}")
     if xbc.dtype == torch.float32:
-        tiles = replace(tiles, **_WIDE_TILES)
-    elif (
-        min(_sizes(xbc, A, n_groups, d_state)[1], d_state) > 64
-    ):  # states twice as large; some GPUs have 99 KiB for them
-        tiles = replace(tiles, output_stages=min(tiles.output_stages, 2), x_stages=min(tiles.x_stages, 2), bc_stages=1)
+        tiles = replace(tiles, **_FLOAT32)
+    elif headdim > 64:
+        tiles = replace(tiles, **_UNCAPPED)
+        if d_state > 64:  # states are twice as large, and some GPUs have 99 KiB for them
+            tiles = replace(tiles, output_stages=min(tiles.output_stages, 2), bc_stages=1)
     xbc, dt = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (xbc, dt))
     return kernel_forward(xbc, dt, A.float(), D.float(), dt_bias.float(), n_groups, d_state, astuple(tiles))[0]
 
@@ -126,14 +139,29 @@ def _blocks(n_heads: int, n_groups: int, most: int) -> tuple[int, int]:
     return n_heads // heads, heads
 
 
-def _launch(tiles: Tiles, kernel: str) -> dict[str, int]:
+@lru_cache
+def _takes_caps(device: torch.device) -> bool:
+    """Whether capping registers helps: elsewhere than on Hopper and later many spill, and AMD's compiler knows no cap."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _launch(tiles: Tiles, kernel: str, device: torch.device) -> dict[str, int]:
     """Warps, stages and registers of a kernel."""
     words = {"num_warps": getattr(tiles, f"{kernel}_warps"), "num_stages": getattr(tiles, f"{kernel}_stages")}
     registers = getattr(tiles, f"{kernel}_registers")
-    return words | ({"maxnreg": registers} if registers else {})
+    return words | ({"maxnreg": registers} if registers and _takes_caps(device) else {})
 
 
-@torch.library.custom_op("flowhn::triton_ssd", mutates_args=())
+def _walk(tiles: Tiles, xbc: Tensor, n_heads: int, n_groups: int, headdim: int) -> tuple[int, dict[str, int]]:
+    """Programs of a walking kernel, and their heads, warps, stages and registers."""
+    most = tiles.walk_heads if headdim <= 64 and xbc.shape[0] * n_heads >= tiles.walk_heads * _WALKS else 1
+    n_walks, walked = _blocks(n_heads, n_groups, most)
+    launch = _launch(tiles, "walk", xbc.device)
+    launch["num_warps"] = max(1, launch["num_warps"] * walked // tiles.walk_heads)
+    return xbc.shape[0] * n_walks, {"WALKED": walked, **launch}
+
+
+@torch.library.custom_op("flowhn::triton_ssd", mutates_args=(), tags=ANY_STRIDES)
 def kernel_forward(
     xbc: Tensor, dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, n_groups: int, d_state: int, tiles: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,20 +179,19 @@ def kernel_forward(
         sizes = (n_tokens, n_heads, n_groups, states.shape[2])
         strides = xbc.stride()[:2]
         constants = _constants(xbc, headdim, d_state, cut.chunk)
-        n_walks, walked = _blocks(n_heads, n_groups, cut.walk_heads if headdim <= 64 else 1)
-        ssd_states_kernel[(n_batch * n_walks,)](
-            xbc, dt, A, dt_bias, states, paces, *sizes, *strides, *dt.stride()[:2],
-            WALKED=walked, **constants, **_launch(cut, "walk"),
-        )  # fmt: skip
+        n_walks, walk = _walk(cut, xbc, n_heads, n_groups, headdim)
+        ssd_states_kernel[(n_walks,)](
+            xbc, dt, A, dt_bias, states, paces, *sizes, *strides, *dt.stride()[:2], **walk, **constants
+        )
         n_blocks, heads = _blocks(n_heads, n_groups, cut.output_heads)
         ssd_output_kernel[(n_batch * states.shape[2] * n_blocks,)](
             xbc, D, paces, states, y, *sizes, n_blocks, *strides,
-            HEADS=heads, **constants, **_launch(cut, "output"),
+            HEADS=heads, **constants, **_launch(cut, "output", xbc.device),
         )  # fmt: skip
     return y, states, paces
 
 
-@torch.library.custom_op("flowhn::triton_ssd_backward", mutates_args=())
+@torch.library.custom_op("flowhn::triton_ssd_backward", mutates_args=(), tags=ANY_STRIDES)
 def kernel_backward(
     dy: Tensor,
     xbc: Tensor,
@@ -191,18 +218,28 @@ def kernel_backward(
     strides = xbc.stride()[:2]
     constants = _constants(xbc, headdim, d_state, cut.chunk)
     d_states = torch.empty_like(states)
-    n_walks, walked = _blocks(n_heads, n_groups, cut.walk_heads if headdim <= 64 else 1)
-    kernels.ssd_carry_kernel[(n_batch * n_walks,)](
-        dy, xbc, paces, d_states, *sizes, *strides, WALKED=walked, **constants, **_launch(cut, "walk")
-    )
+    n_walks, walk = _walk(cut, xbc, n_heads, n_groups, headdim)
+    kernels.ssd_carry_kernel[(n_walks,)](dy, xbc, paces, d_states, *sizes, *strides, **walk, **constants)
     d_xbc, d_dt = xbc.new_empty(xbc.shape), dt.new_empty(dt.shape)
     n_blocks, heads = _blocks(n_heads, n_groups, cut.x_heads)
     kernels.ssd_backward_x_kernel[(n_batch * n_chunks * n_blocks,)](
-        dy, xbc, D, paces, d_states, d_xbc, *sizes, n_blocks, *strides, HEADS=heads, **constants, **_launch(cut, "x")
+        dy,
+        xbc,
+        D,
+        paces,
+        d_states,
+        d_xbc,
+        *sizes,
+        n_blocks,
+        *strides,
+        HEADS=heads,
+        **constants,
+        **_launch(cut, "x", xbc.device),
     )
-    columns = min(constants.pop("NP"), _COLUMNS)
+    columns = min(_power(d_state), _COLUMNS)
     parts = -(-d_state // columns)
-    # What the gradients of dt, A, D and the bias are made of: see the two kernels for their rows.
+    # What the gradients of dt, A, D and the bias are made of: rows 0 to 2 from the kernel for the scores, then two for each
+    # part from that for B and C; and the latter's columns of the gradient of exp(total), zeros beyond N.
     d_paces = A.new_empty((*states.shape[:3], 3 + 2 * parts, cut.chunk))
     d_decays = A.new_empty((*states.shape[:3], parts * columns))
     n_blocks, heads = _blocks(n_heads, n_groups, cut.bc_heads)
@@ -210,12 +247,13 @@ def kernel_backward(
     rows = {"HEADS": heads, "ROWS": d_paces.shape[3]}
     kernels.ssd_backward_scores_kernel[(n_batch * n_chunks * n_blocks,)](
         dy, xbc, paces, d_scores, d_paces, *sizes, n_blocks, *strides,
-        NP=_power(d_state), **rows, **constants, **_launch(cut, "scores"),
+        **rows, **constants, **_launch(cut, "scores", xbc.device),
     )  # fmt: skip
+    del constants["NP"]
     d_bc = A.new_empty((n_blocks // n_groups, n_batch, n_tokens, 2 * n_groups * d_state))
     kernels.ssd_backward_bc_kernel[(n_batch * n_chunks * n_blocks * parts,)](
         dy, xbc, paces, states, d_states, d_scores, d_bc, d_paces, d_decays, *sizes, n_blocks, *strides,
-        NB=columns, PARTS=parts, **rows, **constants, **_launch(cut, "bc"),
+        NB=columns, PARTS=parts, **rows, **constants, **_launch(cut, "bc", xbc.device),
     )  # fmt: skip
     dA, dD, d_bias = (A.new_empty((n_batch, n_heads)) for _ in range(3))
     kernels.ssd_backward_dt_kernel[(n_batch * n_heads,)](

@@ -63,9 +63,8 @@ def _decay(t, cs):
 
 
 @triton.jit
-def _place(n_heads, n_groups, n_chunks, n_blocks):
-    """Sequence, chunk, block of heads and its group of a program that takes one chunk."""
-    program = tl.program_id(0).to(tl.int64)
+def _place(program, n_groups, n_chunks, n_blocks):
+    """Sequence, chunk, block of heads and its group of a program (int64) that takes one chunk."""
     block = (program % n_blocks).to(tl.int32)
     chunk = (program // n_blocks % n_chunks).to(tl.int32)
     return program // n_blocks // n_chunks, chunk, block, block // (n_blocks // n_groups)
@@ -168,7 +167,7 @@ def ssd_output_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y (B, T, H P) of one chunk of one sequence for HEADS heads of one group."""
-    batch, chunk, block, group = _place(n_heads, n_groups, n_chunks, n_blocks)
+    batch, chunk, block, group = _place(tl.program_id(0).to(tl.int64), n_groups, n_chunks, n_blocks)
     width = n_heads * P
     p, n, t = tl.arange(0, PP), tl.arange(0, NP), tl.arange(0, L)
     row = chunk * L + t
@@ -201,7 +200,7 @@ def ssd_backward_x_kernel(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x into d_xbc (B, T, H P + 2 G N), in one chunk of one sequence for HEADS heads of one group."""
-    batch, chunk, block, group = _place(n_heads, n_groups, n_chunks, n_blocks)
+    batch, chunk, block, group = _place(tl.program_id(0).to(tl.int64), n_groups, n_chunks, n_blocks)
     width = n_heads * P
     wide = width + 2 * n_groups * N
     p, n, t = tl.arange(0, PP), tl.arange(0, NP), tl.arange(0, L)
@@ -239,7 +238,7 @@ def ssd_backward_scores_kernel(
     And into rows 0 to 2 of d_paces (B, H, chunks, ROWS, L) the gradients of cs and of step as far as they come from inside
     the chunk, and x dy summed over P.
     """
-    batch, chunk, block, group = _place(n_heads, n_groups, n_chunks, n_blocks)
+    batch, chunk, block, group = _place(tl.program_id(0).to(tl.int64), n_groups, n_chunks, n_blocks)
     width = n_heads * P
     p, n, t = tl.arange(0, PP), tl.arange(0, NP), tl.arange(0, L)
     row = chunk * L + t
@@ -259,10 +258,12 @@ def ssd_backward_scores_kernel(
         tl.store(place + 2 * L, tl.sum(tl.where(t[:, None] == t[None, :], product, 0.0), axis=1))
         product *= _decay(t, cs)
         summed += product * step[None, :]
-        # y = W x; rows and columns of one product, whose sums cancel in that of the gradient of cs up to rounding
         product *= scores
         d_step = tl.sum(product, axis=0)
-        tl.store(place, tl.sum(product * step[None, :], axis=1) - d_step * step)
+        # y = W x: rows and columns of one product, whose sums cancel in that of the gradient of cs up to rounding. Not
+        # d_step * step: fused with the difference, it would be rounded once less.
+        product *= step[None, :]
+        tl.store(place, tl.sum(product, axis=1) - tl.sum(product, axis=0))
         tl.store(place + L, d_step)
     start = d_scores + tl.program_id(0).to(tl.int64) * L * L
     tl.store(start + t[:, None] * L + t[None, :], summed.to(d_scores.dtype.element_ty))
@@ -283,10 +284,7 @@ def ssd_backward_bc_kernel(
     """
     part = tl.program_id(0) % PARTS
     program = tl.program_id(0).to(tl.int64) // PARTS
-    block = (program % n_blocks).to(tl.int32)
-    chunk = (program // n_blocks % n_chunks).to(tl.int32)
-    batch = program // n_blocks // n_chunks
-    group = block // (n_blocks // n_groups)
+    batch, chunk, block, group = _place(program, n_groups, n_chunks, n_blocks)
     width = n_heads * P
     p, t = tl.arange(0, PP), tl.arange(0, L)
     column = tl.arange(0, NB)
