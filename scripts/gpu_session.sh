@@ -37,11 +37,11 @@ print(check('mamba2', 'triton', 'cuda'))" 2>&1 | tail -n 3
   scans="4,8,64,1,128,1,1,0,0,0 4,8,64,1,128,1,1,0,128,168 4,8,64,1,128,1,1,0,96,128 4,8,64,1,64,1,1,0,112,128"
   # shellcheck disable=SC2086
   CUDA_VISIBLE_DEVICES=0 timeout 100 "${PYTHON:-python3}" scripts/bench_scan.py --shapes 16,447,4096,16 --tiles $scans >/dev/null 2>&1 &
+  CUDA_VISIBLE_DEVICES=1 timeout 100 "${PYTHON:-python3}" scripts/bench_norm.py 2>&1 | grep -E "shape|forward"
   wait
   CUDA_VISIBLE_DEVICES=0 timeout 110 "${PYTHON:-python3}" -m pytest -q -m gpu -p no:cacheprovider \
     tests/test_ssd_triton.py tests/test_gated_norm.py -k 'bfloat16 or padded_rows' 2>&1 | tail -n 12 >"$kept/ssd.log" &
   export CUDA_VISIBLE_DEVICES=1
-  timeout 60 "${PYTHON:-python3}" scripts/bench_norm.py 2>&1 | grep -E "shape|forward"
   timeout 60 "${PYTHON:-python3}" scripts/bench_ssd.py 2>&1 | grep -v -i warn
   timeout 60 "${PYTHON:-python3}" scripts/bench_ssd.py --shape 128,1024,24 --tilings 0 1 2 3 2>&1 | grep -v -i warn
   # shellcheck disable=SC2086
