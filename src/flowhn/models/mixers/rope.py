@@ -34,6 +34,8 @@ def apply_rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
         theta: base of the wavelengths.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = rope_tables(positions, x.shape[-1], theta, wide)  # (T, d_head / 2)
-    first, second = x.to(wide).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    cos, sin = (table[:, None] for table in rope_tables(positions, x.shape[-1], theta, wide))  # (T, 1, d_head / 2)
+    # Token by token, as the projections lie: the gradient is written for their products and not copied together for them.
+    first, second = x.transpose(1, 2).to(wide).chunk(2, dim=-1)  # (B, T, heads, d_head / 2)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x.dtype).transpose(1, 2)
