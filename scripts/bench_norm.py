@@ -1,6 +1,6 @@
 """Time Mamba-2's gated RMSNorm on this GPU, forward and backward in bf16: python scripts/bench_norm.py [--shapes 128,1024,1536]
 
-What torch.compile makes of the plain module, and the package's Triton kernels, with so many programs a processor.
+What torch.compile makes of the plain module, and the package's Triton kernels, by channels of a thread and programs of a processor.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def main() -> None:
         dout = draw(n_batch, n_tokens, width)
         norm = GatedRMSNorm(width).cuda()
         leaves = [y, z, norm.weight]
-        compiled = torch.compile(norm)
+        torch._dynamo.reset()
+        compiled = torch.compile(norm, dynamic=False)  # as training compiles
 
         def ours(y: Tensor = y, z: Tensor = z, norm: GatedRMSNorm = norm) -> Tensor:
             return norm(y, z, kernel="triton")
@@ -38,12 +39,13 @@ def main() -> None:
             return compiled(y, z)
 
         print(f"shape ({shape})", flush=True)
-        for name, way, programs in [("compiled", plain, 8), *((f"triton {n}", ours, n) for n in (4, 8, 16, 32))]:
-            gated_norm_triton.PROGRAMS = programs
+        settings = [(channels, programs) for channels in (8, 16) for programs in (4, 8, 16)]
+        ways = [("compiled", plain, settings[0]), *((f"triton {cut}", ours, cut) for cut in settings)]
+        for name, way, (gated_norm_triton.CHANNELS, gated_norm_triton.PROGRAMS) in ways:
             names = {"way": way, "grad": torch.autograd.grad, "leaves": leaves, "dout": dout}
             forward = Timer("way()", globals=names).blocked_autorange(min_run_time=0.2).median
             both = Timer("grad(way(), leaves, dout)", globals=names).blocked_autorange(min_run_time=0.2).median
-            print(f"  {name:<10} forward {forward * 1e3:6.3f} ms  forward+backward {both * 1e3:6.3f} ms", flush=True)
+            print(f"  {name:<16} forward {forward * 1e3:6.3f} ms  forward+backward {both * 1e3:6.3f} ms", flush=True)
 
 
 if __name__ == "__main__":

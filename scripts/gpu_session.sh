@@ -8,7 +8,8 @@
 #   bash scripts/gpu_session.sh go 560          call 3, carrying build/conv.tar.xz: goes on, with transformers' Mamba to compare with
 #   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests on GPU 0 as soon as training has ended there; seconds as many as are left, less 15
 # SECONDS_ALL=1100: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.
-# On a fresh machine after a lost one, calls 1 and 2 again: ACCURACY_RECORDS=accuracy.tgz and BENCH_RECORDS=bench.tgz, carried, go on from what came home.
+# On a fresh machine after a lost one, calls 1 and 2 again: ACCURACY_RECORDS=accuracy.tgz, BENCH_RECORDS=bench.tgz and BENCH0_RECORDS=bench0.tgz,
+# carried, go on from what came home.
 # $OUT gets accuracy.tgz (accuracy_session.py keep), bench.tgz and bench0.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
 # beside a group of tests that ended with 124 (out of time) lacks that group's comparisons and is not to be committed.
 set -uo pipefail
@@ -25,7 +26,7 @@ if [ "$phase" = packages ]; then
   source scripts/gpu_packages.sh
   nvidia-smi -L  # timings of H100s do not go beside those of H200s
   need_packages hydra lm_eval mamba_ssm || exit 2
-  PYTHONPATH=src:$site "${PYTHON:-python3}" -m flowhn.bench output_dir=/tmp/first_cell 'sizes=[tiny]' 'models=[llama]' windows=1 2>&1 |
+  PYTHONPATH=src:$site timeout 90 "${PYTHON:-python3}" -m flowhn.bench output_dir=/tmp/first_cell 'sizes=[tiny]' 'models=[llama]' windows=1 2>&1 |
     grep -iE "tokens/s at|failed|error"
   PYTHONPATH=src:$site timeout 60 "${PYTHON:-python3}" -c "from flowhn.benchmark.kernel_checks import check_kernel as check
 print(check('mamba2', 'triton', 'cuda'))" 2>&1 | tail -n 3
@@ -67,29 +68,29 @@ if [ ! -e "$accuracy/finished" ] && ! kill -0 "$(cat "$accuracy/daemon.pid" 2>/d
   rm -f "$accuracy/daemon.pid"
   train
 fi
-half=$(($(nproc) / 2)) cores=0-$(($(nproc) - 1))
-if [ "$also" = tests ]; then  # on cores of their own, lest their compiling slows what is timed meanwhile
-  cores=$half-$(($(nproc) - 1))
-  {
-    until [ -e "$accuracy/finished" ] || [ "$(left)" -lt 120 ]; do sleep 2; done
-    if [ -e "$accuracy/finished" ]; then
-      CUDA_VISIBLE_DEVICES=0 OUT="$kept" TEST_SECONDS=$(($(left) < 450 ? $(left) - 45 : 400)) \
-        taskset -c "0-$((half - 1))" bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
-    else
-      echo "training went on for too long: no tests" >"$kept/tests.out"
-    fi
-  } &
-fi
-# GPU 0 is free once training is over: it takes the cases that are no part of figure 4, as bench0.tgz, in a call without tests.
-[ ! -e "$kept/bench0.tgz" ] || skip=bench=
-if [ -e "$accuracy/finished" ] && [ "$also" != tests ]; then
-  mkdir -p "$kept/0"
-  (OUT="$kept/0" ONLY=bench= WORK=/tmp/bench0 CUDA_VISIBLE_DEVICES=0 taskset -c "0-$((half - 1))" \
-    bash scripts/speed_session.sh $(($(left) - 12)) </dev/null >"$kept/0.log" 2>&1; cp "$kept/0/bench.tgz" "$kept/bench0.tgz") &
-  cores=$half-$(($(nproc) - 1)) skip=bench=
-fi
-WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} SKIP=${skip:-} CUDA_VISIBLE_DEVICES=1 OUT="$kept" taskset -c "$cores" \
-  bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
+half=$(($(nproc) / 2))
+# Figure 4 is GPU 1's; what it is no part of (bench= in the list) is GPU 0's when training is over, or GPU 1's when it is through.
+other_cases() {  # on which GPU
+  OUT="$kept/0" ONLY=bench= WORK=/tmp/bench0 RECORDS=${BENCH0_RECORDS:-} CUDA_VISIBLE_DEVICES=$1 \
+    bash scripts/speed_session.sh $(($(left) - 12)) </dev/null >"$kept/0.log" 2>&1
+  cp "$kept/0/bench.tgz" "$kept/bench0.tgz"
+}
+mkdir -p "$kept/0"; rm -f "$kept/0.log"
+{  # on cores of its own, lest its compiling slows what is timed meanwhile
+  until [ -e "$accuracy/finished" ] || [ "$(left)" -lt 120 ]; do sleep 2; done
+  if [ ! -e "$accuracy/finished" ]; then
+    echo "training went on for too long: no tests" >"$kept/tests.out"
+  elif [ "$also" = tests ]; then
+    CUDA_VISIBLE_DEVICES=0 OUT="$kept" TEST_SECONDS=$(($(left) < 450 ? $(left) - 45 : 400)) \
+      taskset -c "0-$((half - 1))" bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
+  else
+    export -f other_cases left; export kept limit begun
+    taskset -c "0-$((half - 1))" bash -c "other_cases 0"
+  fi
+} &
+WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} SKIP=bench= CUDA_VISIBLE_DEVICES=1 OUT="$kept" \
+  taskset -c "$half-$(($(nproc) - 1))" bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
+if [ "$also" = tests ] && [ "$(left)" -gt 60 ]; then other_cases 1; fi
 wait
 [ "$also" != tests ] || grep -E "^==|passed|failed|^FAILED|^training" "$kept/tests.out" | tail -n 70
 [ ! -e "$kept/0.log" ] || cat "$kept/0.log"

@@ -61,7 +61,7 @@ step 'sizes=[1b]' 'models=[jamba,hymba,mamba1]'
 step 'sizes=[350m]' 'models=[jamba,hymba,mamba1]'
 # transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair. Its Mamba-2 tries out the tiles of
 # mamba_ssm's kernels for two minutes before its first step: not prepared beside others, and never longer than MOST.
-if need_packages mamba_ssm causal_conv1d; then
+if [ "${SKIP:-}" != bench= ] && need_packages mamba_ssm causal_conv1d; then
   MOST=260 step bench=peers 'models=[mamba2,peer_mamba2]' batch=128
   MOST=240 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' batch=128
 fi

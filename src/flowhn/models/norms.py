@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from flowhn.models.kernels import ANY_STRIDES, triton_usable
 
-_WIDEST_GROUP = 8192  # channels that a program of the Triton kernels keeps in registers
+_WIDEST_GROUP = 4096  # channels that a program of the Triton kernels keeps in registers
 
 
 def to_autocast(x: Tensor) -> Tensor:
@@ -61,7 +61,6 @@ class GatedRMSNorm(nn.Module):
         """
         fits = z.dim() == 3 and z.numel() and z.dtype != torch.float64 and z.shape[-1] <= _WIDEST_GROUP * self.n_groups
         if kernel != "torch" and z.device.type == "cuda" and fits and triton_usable():
-            y, z = (t if t.stride(-1) == 1 else t.contiguous() for t in (y, z))
             return gated_norm(y, z, self.weight.float(), self.eps, self.n_groups)[0]
         wide = torch.promote_types(z.dtype, torch.float32)
         gated = y.to(wide) * F.silu(z.to(wide))
@@ -70,11 +69,17 @@ class GatedRMSNorm(nn.Module):
         return (normed.flatten(-2) * self.weight.to(wide)).to(z.dtype)
 
 
+def _adjacent(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, with adjacent channels."""
+    return tuple(tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in tensors)
+
+
 @torch.library.custom_op("flowhn::gated_norm", mutates_args=(), tags=ANY_STRIDES)
 def gated_norm(y: Tensor, z: Tensor, weight: Tensor, eps: float, n_groups: int) -> tuple[Tensor, Tensor]:
     """out (B, T, d) in z's type and the scale of each group (B, T, G), float32; y, z (B, T, d), weight (d,) float32."""
     from flowhn.models.gated_norm_triton import gated_norm_forward  # needs Triton
 
+    y, z = _adjacent(y, z)
     return gated_norm_forward(y, z, weight, eps, n_groups)
 
 
@@ -85,7 +90,7 @@ def gated_norm_backward(
     """Gradients of y, z and weight."""
     from flowhn.models import gated_norm_triton
 
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dout, y, z = _adjacent(dout, y, z)
     return gated_norm_triton.gated_norm_backward(dout, y, z, weight, scales, n_groups)
 
 
