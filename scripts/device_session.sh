@@ -38,7 +38,7 @@ case $phase in
       "tests/test_gpu_mixers.py -k test_ssd_and_bfloat16"
       "tests/test_gpu_mixers.py -k not_test_ssd"
       "tests/test_gpu_models.py -k not_test_timed"
-      "tests/test_gated_norm.py tests/test_short_conv.py tests/test_bench_process.py tests/test_guard.py tests/test_models.py"
+      "tests/test_mamba2_triton.py tests/test_short_conv.py tests/test_bench_process.py tests/test_guard.py tests/test_models.py"
     )
     # The timed cells by name, from where tests/test_gpu_models.py has them, so that a new one is in a group; three to a process.
     mapfile -t timed < <(python3 -c 'import yaml

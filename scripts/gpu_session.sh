@@ -41,7 +41,7 @@ print(check('mamba2', 'triton', 'cuda'))" 2>&1 | tail -n 3
   CUDA_VISIBLE_DEVICES=1 timeout 100 "${PYTHON:-python3}" scripts/bench_norm.py 2>&1 | grep -E "shape|forward"
   wait
   CUDA_VISIBLE_DEVICES=0 timeout 110 "${PYTHON:-python3}" -m pytest -q -m gpu -p no:cacheprovider \
-    tests/test_ssd_triton.py tests/test_gated_norm.py -k 'bfloat16 or padded_rows' 2>&1 | tail -n 12 >"$kept/ssd.log" &
+    tests/test_ssd_triton.py tests/test_mamba2_triton.py -k 'bfloat16 or padded_rows' 2>&1 | tail -n 12 >"$kept/ssd.log" &
   export CUDA_VISIBLE_DEVICES=1
   timeout 60 "${PYTHON:-python3}" scripts/bench_ssd.py 2>&1 | grep -v -i warn
   timeout 60 "${PYTHON:-python3}" scripts/bench_ssd.py --shape 128,1024,24 --tilings 0 1 2 3 2>&1 | grep -v -i warn

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from flowhn.models.kernels import ANY_STRIDES, triton_usable
 
-_KERNEL_TAPS = 4  # more do not fit the Triton kernel's registers; d_conv is 4 in every model of the paper
+KERNEL_TAPS = 4  # more do not fit the Triton kernel's registers; d_conv is 4 in every model of the paper
 
 
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -40,7 +40,7 @@ def causal_conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, *, kernel: 
         kernel: what the mixer's scan runs on; ``torch`` keeps to plain torch, anything else takes the Triton kernel
             where Triton works and there are at most four taps (sums in float32; written once instead of once for each tap).
     """
-    fused = kernel != "torch" and x.device.type == "cuda" and triton_usable() and weight.shape[-1] <= _KERNEL_TAPS
+    fused = kernel != "torch" and x.device.type == "cuda" and triton_usable() and weight.shape[-1] <= KERNEL_TAPS
     if not fused or not x.shape[1]:
         return F.silu(causal_conv(x, weight, bias))
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias

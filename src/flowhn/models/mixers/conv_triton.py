@@ -101,7 +101,7 @@ def conv_silu_forward_kernel(
 
 @triton.jit
 def conv_silu_backward_kernel(
-    dy, x, w, bias, dx, dw, dbias, n_tokens, n_channels, stride_b, stride_t, dy_stride_b, dy_stride_t,
+    dy, x, w, bias, dx, dw, dbias, n_tokens, n_channels, stride_b, stride_t, dy_stride_b, dy_stride_t, dx_stride_b, dx_stride_t,
     K: tl.constexpr, LT: tl.constexpr, BE: tl.constexpr,
 ):  # fmt: skip
     """dx, and this segment's share of dw (B segments, K, E) and dbias (B segments, E)."""
@@ -112,7 +112,7 @@ def conv_silu_backward_kernel(
     within = channel < n_channels
     x += batch * stride_b
     dy += batch * dy_stride_b
-    dx += batch * n_tokens * n_channels
+    dx += batch * dx_stride_b
     w0, w1, w2, w3, offset, p1, p2, p3, n0, n1, n2, n3 = _begin(
         x, w, bias, start, n_tokens, stride_t, channel, within, K
     )
@@ -141,16 +141,16 @@ def conv_silu_backward_kernel(
             s2 += d0 * p3 + d1 * x0 + d2 * x1 + d3 * x2
             s3 += d0 * x0 + d1 * x1 + d2 * x2 + d3 * x3
             sums += d0 + d1 + d2 + d3
-        place = dx + (row - 3) * n_channels + channel
+        place = dx + (row - 3) * dx_stride_t + channel
         kind = dx.dtype.element_ty
         value = w3 * q1 + w2 * q2 + w1 * q3 + w0 * d0
         tl.store(place, value.to(kind), mask=within & (row - 3 >= start) & (row - 3 < stop))
         value = w3 * q2 + w2 * q3 + w1 * d0 + w0 * d1
-        tl.store(place + n_channels, value.to(kind), mask=within & (row - 2 >= start) & (row - 2 < stop))
+        tl.store(place + dx_stride_t, value.to(kind), mask=within & (row - 2 >= start) & (row - 2 < stop))
         value = w3 * q3 + w2 * d0 + w1 * d1 + w0 * d2
-        tl.store(place + 2 * n_channels, value.to(kind), mask=within & (row - 1 >= start) & (row - 1 < stop))
+        tl.store(place + 2 * dx_stride_t, value.to(kind), mask=within & (row - 1 >= start) & (row - 1 < stop))
         value = w3 * d0 + w2 * d1 + w1 * d2 + w0 * d3
-        tl.store(place + 3 * n_channels, value.to(kind), mask=within & (row < stop))
+        tl.store(place + 3 * dx_stride_t, value.to(kind), mask=within & (row < stop))
         p1, p2, p3 = x1, x2, x3
         q1, q2, q3 = d1, d2, d3
     tile = batch * tl.num_programs(1) + tl.program_id(1)
@@ -193,11 +193,15 @@ def conv_silu_backward(
     weight: Tensor,
     bias: Tensor,
     *,
+    dx: Tensor | None = None,
     segment: int = BACKWARD_SEGMENT,
     block: int = BLOCK_E,
     warps: int = WARPS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (B, T, E), contiguous, and of weight (E, K) and bias (E,) in float32; options as in the forward.
+    """Gradients of x (B, T, E), and of weight (E, K) and bias (E,) in float32; options as in the forward.
+
+    Args:
+        dx: where that of x goes, with adjacent channels; None: a new contiguous tensor.
 
     Sums over tokens are taken segment by segment and then over segments, always in the same order.
     """
@@ -205,11 +209,11 @@ def conv_silu_backward(
     dy = dy if dy.stride(-1) == 1 else dy.contiguous()
     n_tokens, n_channels, taps = x.shape[1], x.shape[2], weight.shape[1]
     grid = _grid(x, segment, block)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if dx is None else dx
     dw = torch.empty((grid[1] * grid[2], taps, n_channels), dtype=torch.float32, device=x.device)
     dbias = torch.empty((grid[1] * grid[2], n_channels), dtype=torch.float32, device=x.device)
     conv_silu_backward_kernel[grid](
-        dy, x, weight, bias, dx, dw, dbias, n_tokens, n_channels, x.stride(0), x.stride(1), dy.stride(0), dy.stride(1),
+        dy, x, weight, bias, dx, dw, dbias, n_tokens, n_channels, *x.stride()[:2], *dy.stride()[:2], *dx.stride()[:2],
         K=taps, LT=segment, BE=block, num_warps=warps,
     )  # fmt: skip
     return dx, dw.sum(0).t().contiguous(), dbias.sum(0)

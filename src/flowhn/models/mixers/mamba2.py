@@ -10,6 +10,7 @@ from flowhn.errors import UserError
 from flowhn.models.cache import SSMState
 from flowhn.models.kernels import resolve_ssm
 from flowhn.models.mixers.conv import causal_conv, causal_conv_silu
+from flowhn.models.mixers.mamba2_triton import mamba2_inner, takes
 from flowhn.models.mixers.ssd import ssd_scan
 from flowhn.models.mixers.ssd_cuda import mamba_ssm_ssd
 from flowhn.models.mixers.ssd_triton import LARGEST, triton_ssd
@@ -91,14 +92,24 @@ class Mamba2(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
         kernel = self.kernel(x.device.type)
-        z, xbc, dt = self._project(x)
+        projected = self.in_proj(x)
+        if kernel == "triton" and takes(projected, taps=self.d_conv, group_width=self.d_inner // self.n_groups):
+            return self.out_proj(self._inner(projected))
+        z, xbc, dt = self._cut(projected)
         xbc = causal_conv_silu(xbc, self.conv1d.weight, self.conv1d.bias, kernel=kernel)
-        return self.out_proj(self.norm(self._scan(xbc, dt), z, kernel=kernel))
+        return self.out_proj(self.norm(self._scan(xbc, dt), z))
 
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _inner(self, projected: Tensor) -> Tensor:
+        """All between the two products as one operator, (B, T, E)."""
+        return mamba2_inner(
+            projected, self.conv1d.weight, self.conv1d.bias, self._decay_rates(), self.D, self.dt_bias, self.norm.weight,
+            n_groups=self.n_groups, d_state=self.d_state, eps=self.norm.eps,
+        )  # fmt: skip
+
+    def _cut(self, projected: Tensor) -> tuple[Tensor, ...]:
         """z (B, T, E), xbc (B, T, E + 2 G N) with x, B and C side by side, and dt (B, T, H)."""
         widths = (self.d_inner, self.d_inner + 2 * self.n_groups * self.d_state, self.n_heads)
-        return self.in_proj(x).split(widths, dim=-1)
+        return projected.split(widths, dim=-1)
 
     def _parts(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, H, P), B and C (B, T, G, N)."""
@@ -136,7 +147,7 @@ class Mamba2(nn.Module):
 
     def extend(self, x: Tensor, state: SSMState) -> Tensor:
         """(B, n, D) -> (B, n, D): n >= 1 new tokens behind those that ``state`` has read; it takes them up."""
-        z, xbc, dt = self._project(x)
+        z, xbc, dt = self._cut(self.in_proj(x))
         padded = state.keep_tail(xbc, self.d_conv)
         xbc = F.silu(causal_conv(padded, self.conv1d.weight, self.conv1d.bias)[:, self.d_conv - 1 :])
         return self.out_proj(self.norm(self._scan_on(xbc, dt, state), z))

@@ -98,14 +98,22 @@ def triton_ssd(
     headdim = _sizes(xbc, A, n_groups, d_state)[1]
     if max(headdim, d_state) > LARGEST:
         raise ValueError(f"headdim={headdim} and d_state={d_state} must not be above {LARGEST}")
-    if xbc.dtype == torch.float32:
-        tiles = replace(tiles, **_FLOAT32)
-    elif headdim > 64:
-        tiles = replace(tiles, **_UNCAPPED)
-        if d_state > 64:  # states are twice as large, and some GPUs have 99 KiB for them
-            tiles = replace(tiles, output_stages=min(tiles.output_stages, 2), bc_stages=1)
+    tiles = fitting(tiles, xbc.dtype, headdim, d_state)
     xbc, dt = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (xbc, dt))
     return kernel_forward(xbc, dt, A.float(), D.float(), dt_bias.float(), n_groups, d_state, astuple(tiles))[0]
+
+
+def fitting(tiles: Tiles, dtype: torch.dtype, headdim: int, d_state: int) -> Tiles:
+    """The tiles, with less under way at a time where elements or states are large."""
+    if dtype == torch.float32:
+        return replace(tiles, **_FLOAT32)
+    if headdim <= 64:
+        return tiles
+    tiles = replace(tiles, **_UNCAPPED)
+    if d_state <= 64:
+        return tiles
+    # States are twice as large, and some GPUs have 99 KiB for them.
+    return replace(tiles, output_stages=min(tiles.output_stages, 2), bc_stages=1)
 
 
 def _sizes(xbc: Tensor, A: Tensor, n_groups: int, d_state: int) -> tuple[int, int]:
@@ -114,7 +122,7 @@ def _sizes(xbc: Tensor, A: Tensor, n_groups: int, d_state: int) -> tuple[int, in
     return n_heads, (xbc.shape[2] - 2 * n_groups * d_state) // n_heads
 
 
-def _states_shape(xbc: Tensor, A: Tensor, n_groups: int, d_state: int, chunk: int) -> tuple[int, ...]:
+def states_shape(xbc: Tensor, A: Tensor, n_groups: int, d_state: int, chunk: int) -> tuple[int, ...]:
     n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
     return xbc.shape[0], n_heads, -(-xbc.shape[1] // chunk), d_state, headdim
 
@@ -173,7 +181,7 @@ def kernel_forward(
     n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
     n_batch, n_tokens, _ = xbc.shape
     y = xbc.new_empty((n_batch, n_tokens, n_heads * headdim))
-    states = xbc.new_empty(_states_shape(xbc, A, n_groups, d_state, cut.chunk))
+    states = xbc.new_empty(states_shape(xbc, A, n_groups, d_state, cut.chunk))
     paces = A.new_empty((*states.shape[:3], 2, cut.chunk))
     if y.numel():
         sizes = (n_tokens, n_heads, n_groups, states.shape[2])
@@ -207,6 +215,25 @@ def kernel_backward(
     """Gradients of xbc, dt, A, D, dt_bias."""
     if not dy.numel():
         return tuple(tensor.new_zeros(tensor.shape) for tensor in (xbc, dt, A, D, A))
+    d_dt = dt.new_empty(dt.shape)
+    d_xbc, *others = ssd_backward(dy, xbc, A, D, states, paces, n_groups, d_state, tiles, d_dt=d_dt)
+    return d_xbc, d_dt, *others
+
+
+def ssd_backward(
+    dy: Tensor,
+    xbc: Tensor,
+    A: Tensor,
+    D: Tensor,
+    states: Tensor,
+    paces: Tensor,
+    n_groups: int,
+    d_state: int,
+    tiles: Sequence[int],
+    *,
+    d_dt: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of xbc, A, D and dt_bias; that of dt, (B, T, H) with adjacent heads, is written into ``d_dt``."""
     from flowhn.models.mixers import ssd_triton_kernels as kernels  # needs Triton
 
     cut = Tiles(*tiles)
@@ -220,22 +247,12 @@ def kernel_backward(
     d_states = torch.empty_like(states)
     n_walks, walk = _walk(cut, xbc, n_heads, n_groups, headdim)
     kernels.ssd_carry_kernel[(n_walks,)](dy, xbc, paces, d_states, *sizes, *strides, **walk, **constants)
-    d_xbc, d_dt = xbc.new_empty(xbc.shape), dt.new_empty(dt.shape)
+    d_xbc = xbc.new_empty(xbc.shape)
     n_blocks, heads = _blocks(n_heads, n_groups, cut.x_heads)
     kernels.ssd_backward_x_kernel[(n_batch * n_chunks * n_blocks,)](
-        dy,
-        xbc,
-        D,
-        paces,
-        d_states,
-        d_xbc,
-        *sizes,
-        n_blocks,
-        *strides,
-        HEADS=heads,
-        **constants,
-        **_launch(cut, "x", xbc.device),
-    )
+        dy, xbc, D, paces, d_states, d_xbc, *sizes, n_blocks, *strides,
+        HEADS=heads, **constants, **_launch(cut, "x", xbc.device),
+    )  # fmt: skip
     columns = min(_power(d_state), _COLUMNS)
     parts = -(-d_state // columns)
     # What the gradients of dt, A, D and the bias are made of: rows 0 to 2 from the kernel for the scores, then two for each
@@ -257,11 +274,11 @@ def kernel_backward(
     )  # fmt: skip
     dA, dD, d_bias = (A.new_empty((n_batch, n_heads)) for _ in range(3))
     kernels.ssd_backward_dt_kernel[(n_batch * n_heads,)](
-        A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks,
+        A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks, *d_dt.stride()[:2],
         L=cut.chunk, NB=columns, PARTS=parts, ROWS=d_paces.shape[3], CHUNKS=8,
     )  # fmt: skip
     d_xbc[..., n_heads * headdim :] = d_bc.sum(0)
-    return d_xbc, d_dt, dA.sum(0), dD.sum(0), d_bias.sum(0)
+    return d_xbc, dA.sum(0), dD.sum(0), d_bias.sum(0)
 
 
 @kernel_forward.register_fake
@@ -269,7 +286,7 @@ def _(
     xbc: Tensor, dt: Tensor, A: Tensor, D: Tensor, dt_bias: Tensor, n_groups: int, d_state: int, tiles: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
-    shape = _states_shape(xbc, A, n_groups, d_state, tiles[0])
+    shape = states_shape(xbc, A, n_groups, d_state, tiles[0])
     y = xbc.new_empty((*xbc.shape[:2], n_heads * headdim))
     return y, xbc.new_empty(shape), A.new_empty((*shape[:3], 2, tiles[0]))
 

@@ -326,7 +326,7 @@ def ssd_backward_bc_kernel(
 
 @triton.jit
 def ssd_backward_dt_kernel(
-    A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks,
+    A, paces, d_paces, d_decays, d_dt, dA, dD, d_bias, n_tokens, n_heads, n_chunks, d_dt_stride_b, d_dt_stride_t,
     L: tl.constexpr, NB: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """From what the two kernels above left: the gradients of dt (B, T, H) and, of one sequence's head, of A, D and the bias
@@ -362,7 +362,11 @@ def ssd_backward_dt_kernel(
         d_raw = (d_step + by_state + rate * d_decay) * slope
         biases += d_raw
         row = chunk[:, None] * L + t
-        tl.store(d_dt + (batch * n_tokens + row) * n_heads + head, d_raw.to(d_dt.dtype.element_ty), mask=row < n_tokens)
+        tl.store(
+            d_dt + batch * d_dt_stride_b + row * d_dt_stride_t + head,
+            d_raw.to(d_dt.dtype.element_ty),
+            mask=row < n_tokens,
+        )
     tl.store(dA + program, tl.sum(tl.sum(sums, axis=1), axis=0))
     tl.store(dD + program, tl.sum(tl.sum(skips, axis=1), axis=0))
     tl.store(d_bias + program, tl.sum(tl.sum(biases, axis=1), axis=0))

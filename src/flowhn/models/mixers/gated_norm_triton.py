@@ -55,10 +55,10 @@ def gated_norm_forward_kernel(
 
 @triton.jit
 def gated_norm_backward_kernel(
-    dout, y, z, w, scales, dy, dz, dw, n_rows, n_tokens, n_groups, dout_b, dout_t, y_b, y_t, z_b, z_t,
+    dout, y, z, w, scales, dy, dz, dw, n_rows, n_tokens, n_groups, dout_b, dout_t, y_b, y_t, z_b, z_t, dz_b, dz_t,
     D: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dy, dz (B T, G D), and of each program dw (programs, G D)."""
+    """dy (B T, G D), dz (B, T, G D), and of each program dw (programs, G D)."""
     group = tl.program_id(1)
     inside = tl.arange(0, BD) < D
     column = group * D + tl.arange(0, BD)
@@ -75,9 +75,9 @@ def gated_norm_backward_kernel(
         summed += given * normed
         given *= weight
         d_gated = scale * (given - normed * (tl.sum(given * normed, axis=0) / D))
-        place = row * n_groups * D + column
-        tl.store(dy + place, (d_gated * silu).to(dy.dtype.element_ty), mask=inside)
-        tl.store(dz + place, (d_gated * value * slope).to(dz.dtype.element_ty), mask=inside)
+        tl.store(dy + row * n_groups * D + column, (d_gated * silu).to(dy.dtype.element_ty), mask=inside)
+        place = dz + row // n_tokens * dz_b + row % n_tokens * dz_t + column
+        tl.store(place, (d_gated * value * slope).to(dz.dtype.element_ty), mask=inside)
     tl.store(dw + tl.program_id(0) * n_groups * D + column, summed, mask=inside)
 
 
@@ -106,14 +106,18 @@ def gated_norm_forward(y: Tensor, z: Tensor, weight: Tensor, eps: float, n_group
 
 
 def gated_norm_backward(
-    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, scales: Tensor, n_groups: int
+    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, scales: Tensor, n_groups: int, *, dz: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of y, z (B, T, G D) and of weight (G D,)."""
-    dy, dz = y.new_empty(y.shape), z.new_empty(z.shape)
+    """Gradients of y, z (B, T, G D) and of weight (G D,).
+
+    Args:
+        dz: where that of z goes, with adjacent channels; None: a new contiguous tensor.
+    """
+    dy, dz = y.new_empty(y.shape), z.new_empty(z.shape) if dz is None else dz
     grid, sizes = _launch(z, n_groups)
     dw = weight.new_empty((grid[0], weight.shape[0]))
     gated_norm_backward_kernel[grid](
         dout, y, z, weight, scales, dy, dz, dw, z.shape[0] * z.shape[1], z.shape[1], n_groups,
-        *dout.stride()[:2], *y.stride()[:2], *z.stride()[:2], **sizes,
+        *dout.stride()[:2], *y.stride()[:2], *z.stride()[:2], *dz.stride()[:2], **sizes,
     )  # fmt: skip
     return dy, dz, dw.sum(0)
