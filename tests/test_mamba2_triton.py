@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch._library.utils import get_layout_constraint_tag
 from torch.nn import functional as F
 
@@ -213,3 +214,33 @@ def test_rows_may_lie_apart(operator):
     """torch.compile pads rows; without the tag it copies them back together for an operator."""
     tag = get_layout_constraint_tag(operator._opoverload, with_default=False)
     assert tag == torch.Tag.needs_fixed_stride_order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_calls_are_traced_whole(dtype):
+    """No graph break on the way to an operator: torch.compile then sees a block as one graph."""
+
+    class Stop(Exception):
+        pass
+
+    seen = []
+
+    def backend(graph, _):
+        seen.extend(str(node.target) for node in graph.graph.nodes if "flowhn" in str(node.target))
+        raise Stop
+
+    projected, _, mixer = inner_case((2, 9, 4, 16, 1, 16), "cpu", dtype)
+    xbc, dt = torch.ones(2, 9, 96, dtype=dtype), torch.ones(2, 9, 4, dtype=dtype)
+    small = (-torch.ones(4), torch.ones(4), torch.ones(4))
+    calls = {
+        "flowhn.mamba2_inner.default": lambda: mixer._inner(projected),
+        "flowhn.triton_ssd.default": lambda: ssd_triton.triton_ssd(xbc, dt, *small, n_groups=1, d_state=16),
+        "flowhn.triton_scan.default": lambda: scan_triton.triton_scan(
+            dt, dt, -torch.ones(4, 3), *[dt[..., :3]] * 2, *small[1:]
+        ),
+    }
+    for call in calls.values():
+        torch._dynamo.reset()
+        with pytest.raises(BackendCompilerFailed):
+            torch.compile(call, backend=backend, fullgraph=True)()
+    assert seen == list(calls)

@@ -7,14 +7,13 @@ gradient that has to be copied into that of in_proj's output; this one writes th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple
 
 import torch
 from torch import Tensor
 
 from flowhn.models.kernels import ANY_STRIDES
 from flowhn.models.mixers.conv import KERNEL_TAPS
-from flowhn.models.mixers.ssd_triton import DEFAULT_TILES, fitting, kernel_forward, ssd_backward, states_shape
+from flowhn.models.mixers.ssd_triton import DEFAULT_TILES, fitting, kernel_forward, numbers, ssd_backward, states_shape
 
 _WIDEST_GROUP = 4096  # channels of the norm that a program keeps in registers
 
@@ -50,7 +49,7 @@ def mamba2_inner(
     taps = conv_weight.squeeze(1).float().contiguous()
     small = (taps, conv_bias.float(), A.float(), D.float(), dt_bias.float(), norm_weight.float())
     headdim = norm_weight.shape[0] // A.shape[0]
-    tiles = astuple(fitting(DEFAULT_TILES, projected.dtype, headdim, d_state))
+    tiles = numbers(fitting(DEFAULT_TILES, projected.dtype, headdim, d_state))
     return inner_forward(projected, *small, n_groups, d_state, eps, tiles)[0]
 
 

@@ -9,7 +9,7 @@ channels, those of A, D and the bias over sequences, by torch and not by atomics
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import torch
@@ -48,6 +48,7 @@ class Tiles:
 
 
 DEFAULT_TILES = Tiles()
+_FIELDS = tuple(field.name for field in fields(Tiles))
 _ROWS = 128  # segments of all sequences together that fill a GPU
 _SHORTEST_SEGMENT = 256  # tokens; shorter ones cost more than they gain
 # With so many programs a forward is faster whole, although it leaves a part of the GPU idle (0.9 ms against 1.1 with four
@@ -69,7 +70,9 @@ def triton_scan(
     """:func:`flowhn.models.mixers.scan.selective_scan` on the Triton kernels; u, delta (B, T, E), B, C (B, T, N)."""
     inputs = (u, delta, A, B, C, D, delta_bias)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    cut = [int(value) for value in astuple(tiles)]
+    cut = [
+        int(getattr(tiles, name)) for name in _FIELDS
+    ]  # not astuple: before Python 3.12 it copies, which Dynamo cannot trace
     cut[6] = int(tiles.keep_states and differentiable)
     u, delta, B, C = (_dense_rows(tensor) for tensor in (u, delta, B, C))
     y, _ = triton_forward(u, delta, A.float(), B, C, D.float(), delta_bias.float(), cut)

@@ -9,7 +9,7 @@ heads are taken by torch and not by atomics: the same input gives the same bits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 
 import torch
@@ -60,6 +60,7 @@ class Tiles:
 
 
 DEFAULT_TILES = Tiles()
+_FIELDS = tuple(field.name for field in fields(Tiles))
 LARGEST = 128  # of headdim and d_state: a state of that size fits a program's registers
 _COLUMNS = 64  # of the states, for which one program of the kernel for B and C has room
 _WALKS = 264  # programs of two heads that fill an H200
@@ -100,7 +101,12 @@ def triton_ssd(
         raise ValueError(f"headdim={headdim} and d_state={d_state} must not be above {LARGEST}")
     tiles = fitting(tiles, xbc.dtype, headdim, d_state)
     xbc, dt = (t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in (xbc, dt))
-    return kernel_forward(xbc, dt, A.float(), D.float(), dt_bias.float(), n_groups, d_state, astuple(tiles))[0]
+    return kernel_forward(xbc, dt, A.float(), D.float(), dt_bias.float(), n_groups, d_state, numbers(tiles))[0]
+
+
+def numbers(tiles: Tiles) -> tuple[int, ...]:
+    """The fields in order, as an operator takes them. Not ``astuple``: before Python 3.12 it copies, and Dynamo cannot."""
+    return tuple(getattr(tiles, name) for name in _FIELDS)
 
 
 def fitting(tiles: Tiles, dtype: torch.dtype, headdim: int, d_state: int) -> Tiles:
