@@ -31,6 +31,7 @@ def throw_all(stage, seed: int, count: int, **options) -> None:
     assert not faults, f"seed {seed} (scripts/bad_input.py --seed {seed} --only NUMBER)\n" + "\n\n".join(faults)
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_sixty_inputs(stage):
     throw_all(stage, int(os.environ.get("FLOWHN_BAD_INPUT_SEED", "7")), QUICK)
 

@@ -30,6 +30,7 @@ def _one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "ORPHAN_SECONDS", 0.1)
     told, make = [], data.make_corpus
@@ -79,6 +80,7 @@ def _attempt(tmp_path: Path, corpus: Path, **changes):
     return data.Attempt(arguments, tmp_path / "cache")
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_killed_preparation_leaves_no_process_and_no_lock(tmp_path):
     (tmp_path / "corpus").mkdir()
     data.make_corpus(tmp_path / "corpus", 3_000_000, n_files=1, seed=1)

@@ -40,6 +40,7 @@ def sweep(home, *words: str) -> tuple[int, Path]:
     return train._main(["-m", *words, *home, f"hydra.sweep.dir={folder}"]), folder
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_grid_gives_a_table_of_what_was_varied(home, capsys):
     code, folder = sweep(home, "seed=0,1", "lr=1e-3,2e-3")
     assert code == 0
@@ -108,7 +109,8 @@ def test_a_launcher_that_gives_up_leaves_the_table_of_what_is_done(home, monkeyp
     assert UNFINISHED in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("launcher", [pytest.param("joblib", marks=pytest.mark.slow), "local"])  # .ci/run runs it
+@pytest.mark.slow  # .ci/run runs it
+@pytest.mark.parametrize("launcher", ["joblib", "local"])
 def test_launchers_with_processes_of_their_own(launcher, home):
     code, folder = sweep(home, f"launcher={launcher}", "seed=0,2", "lr=1e-3")
     assert code == 0

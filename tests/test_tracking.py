@@ -119,6 +119,7 @@ def runs_of(folder: Path) -> dict[str, dict]:
     return {path.stem.removeprefix("run-"): sent(path) for path in folder.rglob("*.wandb")}
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_each_run_is_its_own_and_in_the_artefacts_group(tracked):
     runs, done, _ = tracked
     assert len(runs) == 3, "two trainings and the artefact, none merged into another"
@@ -130,6 +131,7 @@ def test_each_run_is_its_own_and_in_the_artefacts_group(tracked):
     assert (done.stdout + done.stderr).count("W&B, offline: wandb sync ") == 5
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_run_sends_curves_config_figures_and_its_record(tracked):
     runs, _, folder = tracked
     record = json.loads(next(folder.glob("runs/flowhn_fac-*/record.json")).read_text())
@@ -144,6 +146,7 @@ def test_a_run_sends_curves_config_figures_and_its_record(tracked):
     assert run["artifacts"][f"record-{record['run_id']}"] == ("record", ["record.json"])
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_the_artefact_sends_tables_figures_and_its_folder(tracked):
     runs, _, _ = tracked
     run = next(run for run in runs.values() if run["run"].job_type == "artefact")
