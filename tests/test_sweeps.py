@@ -40,7 +40,6 @@ def sweep(home, *words: str) -> tuple[int, Path]:
     return train._main(["-m", *words, *home, f"hydra.sweep.dir={folder}"]), folder
 
 
-@pytest.mark.slow  # .ci/run runs it
 def test_a_grid_gives_a_table_of_what_was_varied(home, capsys):
     code, folder = sweep(home, "seed=0,1", "lr=1e-3,2e-3")
     assert code == 0
