@@ -281,6 +281,8 @@ def daemon(args: argparse.Namespace) -> None:
             session.say(f"long contexts could not be built: {error!r}")
     import flowhn.training  # noqa: F401  (imported once, before the fork)
 
+    while args.hold and Path(args.hold).exists():
+        time.sleep(0.5)
     workers: dict[int, Any] = {}
     while goes_on(workers, args.gpus):
         for gpu in range(args.gpus):
@@ -325,6 +327,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--valid", default="valid")
     parser.add_argument("--eval", default="paper")
     parser.add_argument("--eval-dir", default="eval")
+    parser.add_argument("--hold", default="", help="prepare, but train nothing while this file exists")
     parser.add_argument("--no-warm", dest="warm", action="store_false")
     parser.add_argument("--override", action="append", default=[], help="one more key=value for every run")
     parser.add_argument(

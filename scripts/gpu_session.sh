@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# A whole session on a lent machine of two GPUs: models are trained on GPU 0 (accuracy_session.sh), then other cases than figure 4 are timed
-# there and GPU tests run at the end; figure 4 is timed on GPU 1 (speed_session.sh). Every call brings home all that there is, so that a
-# lost machine costs one call at most. scripts/gpu_archives.sh makes what the calls carry.
-# Calls must follow each other within 30 seconds, or the machine goes back: have the next one ready. COMMIT=... names the code.
+# A whole session on a lent machine of one or two GPUs. Every call brings home all that there is, so that a lost machine costs one call at
+# most. scripts/gpu_archives.sh makes what the calls carry. Calls must follow each other within 30 seconds, or the machine goes back: have the
+# next one ready. COMMIT=... names the code.
+# One GPU, which does one thing at a time:
 #   bash scripts/gpu_session.sh packages        call 1, carrying build/site.tar.xz and build/mamba.tar.xz; tries what no GPU has run yet
+#   bash scripts/gpu_session.sh time 570        call 2, carrying build/conv.tar.xz: figure 4 and other cases (speed_session.sh)
+#   bash scripts/gpu_session.sh time 400        call 3: goes on
+#   bash scripts/gpu_session.sh train 400       call 4, carrying .data: GPU tests while the data are prepared, then training (accuracy_session.sh)
+# Two GPUs: models are trained on GPU 0, then other cases than figure 4 are timed there and GPU tests run at the end; figure 4 is timed on GPU 1.
+#   bash scripts/gpu_session.sh packages        call 1, as above
 #   bash scripts/gpu_session.sh go 560          call 2, carrying .data (and build/frozen.tar.xz where FROZEN is set, see speed_session.sh)
 #   bash scripts/gpu_session.sh go 560          call 3, carrying build/conv.tar.xz: goes on, with transformers' Mamba to compare with
 #   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests on GPU 0 as soon as training has ended there; seconds as many as are left, less 15
 # SECONDS_ALL=1100: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.
-# On a fresh machine after a lost one, calls 1 and 2 again: ACCURACY_RECORDS=accuracy.tgz, BENCH_RECORDS=bench.tgz and BENCH0_RECORDS=bench0.tgz,
+# On a fresh machine after a lost one, the first calls again: ACCURACY_RECORDS=accuracy.tgz, BENCH_RECORDS=bench.tgz and BENCH0_RECORDS=bench0.tgz,
 # carried, go on from what came home.
 # $OUT gets accuracy.tgz (accuracy_session.py keep), bench.tgz and bench0.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
 # beside a group of tests that ended with 124 (out of time) lacks that group's comparisons and is not to be committed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-begun=$(date +%s) phase=${1:?packages or go} limit=${2:-0} also=${3:-}
+begun=$(date +%s) phase=${1:?packages, time, train or go} limit=${2:-0} also=${3:-}
 out=${OUT:-outputs} site=${SITE:-/tmp/site} kept=${KEPT:-/tmp/kept} accuracy=/tmp/accuracy
 mkdir -p "$out" "$kept"
 # What may close half of FAC_Split's gap at 90 % of its speed, two seeds of it, and what it is made of.
@@ -26,40 +31,56 @@ if [ "$phase" = packages ]; then
   source scripts/gpu_packages.sh
   nvidia-smi -L  # timings of H100s do not go beside those of H200s
   need_packages hydra lm_eval mamba_ssm || exit 2
-  PYTHONPATH=src:$site timeout 90 "${PYTHON:-python3}" -m flowhn.bench output_dir=/tmp/first_cell 'sizes=[tiny]' 'models=[llama]' windows=1 2>&1 |
-    grep -iE "tokens/s at|failed|error"
-  PYTHONPATH=src:$site timeout 60 "${PYTHON:-python3}" -c "from flowhn.benchmark.kernel_checks import check_kernel as check
-print(check('mamba2', 'triton', 'cuda'))" 2>&1 | tail -n 3
-  # Compiled side by side on GPU 0, then timed alone on GPU 1.
+  # Compiled side by side and tested meanwhile, then timed alone.
   export PYTHONPATH=src:$site
+  python=${PYTHON:-python3} took=$SECONDS
+  scans=(4,8,64,1,128,1,1,0,0,0 4,8,64,1,128,1,1,0,128,168 4,8,64,1,128,1,1,0,96,128 4,8,64,1,64,1,1,0,112,128)
   for tiling in 0 1 2 3 4 5; do
-    CUDA_VISIBLE_DEVICES=0 timeout 100 "${PYTHON:-python3}" scripts/bench_ssd.py --tilings $tiling >/dev/null 2>&1 &
+    timeout 100 "$python" scripts/bench_ssd.py --tilings $tiling >/dev/null 2>&1 &
   done
-  scans="4,8,64,1,128,1,1,0,0,0 4,8,64,1,128,1,1,0,128,168 4,8,64,1,128,1,1,0,96,128 4,8,64,1,64,1,1,0,112,128"
-  # shellcheck disable=SC2086
-  CUDA_VISIBLE_DEVICES=0 timeout 100 "${PYTHON:-python3}" scripts/bench_scan.py --shapes 16,447,4096,16 --tiles $scans >/dev/null 2>&1 &
-  CUDA_VISIBLE_DEVICES=1 timeout 100 "${PYTHON:-python3}" scripts/bench_norm.py 2>&1 | grep -E "shape|forward"
+  timeout 100 "$python" scripts/bench_scan.py --shapes 16,447,4096,16 --tiles "${scans[@]}" >/dev/null 2>&1 &
+  timeout 100 "$python" scripts/bench_norm.py >/dev/null 2>&1 &
+  for file in tests/test_ssd_triton.py tests/test_mamba2_triton.py; do
+    timeout 130 "$python" -m pytest -q -m gpu -p no:cacheprovider $file -k 'bfloat16 or padded_rows' 2>&1 | tail -n 12 >"$kept/${file##*/}.log" &
+  done
   wait
-  CUDA_VISIBLE_DEVICES=0 timeout 110 "${PYTHON:-python3}" -m pytest -q -m gpu -p no:cacheprovider \
-    tests/test_ssd_triton.py tests/test_mamba2_triton.py -k 'bfloat16 or padded_rows' 2>&1 | tail -n 12 >"$kept/ssd.log" &
-  export CUDA_VISIBLE_DEVICES=1
-  timeout 60 "${PYTHON:-python3}" scripts/bench_ssd.py 2>&1 | grep -v -i warn
-  timeout 60 "${PYTHON:-python3}" scripts/bench_ssd.py --shape 128,1024,24 --tilings 0 1 2 3 2>&1 | grep -v -i warn
-  # shellcheck disable=SC2086
-  timeout 60 "${PYTHON:-python3}" scripts/bench_scan.py --shapes 128,447,1536,16 64,447,4096,16 16,1024,4096,16 --tiles $scans 2>&1 |
-    grep -E "triton|shape"
-  wait
-  cat "$kept/ssd.log"
+  echo "compiled and tested in $((SECONDS - took)) s"
+  timed() { timeout 60 "$python" "$@" 2>&1 | grep -v -i warn; }
+  {
+    timed scripts/bench_ssd.py
+    timed scripts/bench_ssd.py --shape 128,1024,24 --tilings 0 1 2 3 4
+    timed scripts/bench_norm.py
+    timed scripts/bench_scan.py --shapes 128,447,1536,16 64,447,4096,16 16,1024,4096,16 --tiles "${scans[@]}" | grep -E "triton|shape"
+    cat "$kept"/test_*.log
+  } | tee "$out/packages.log"
   exit
 fi
 [ "$limit" -ge 60 ] || { echo "say how many seconds this call may take, 60 or more: gpu_session.sh go 560" >&2; exit 2; }
-[ "$phase" = go ] || { echo "no phase $phase: packages or go" >&2; exit 2; }
+case $phase in go | time | train) ;; *) echo "no phase $phase: packages, time, train or go" >&2; exit 2 ;; esac
+if [ "$phase" = time ]; then
+  WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} OUT="$kept" bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
+  cp "$kept/bench.tgz" "$out"
+  exit
+fi
 # Files, not pipes, and no input: the daemon outlives this call and must not hold its output open.
 train() {
-  WORK=$accuracy RECORDS=${ACCURACY_RECORDS:-} CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept" WAIT=1 SECONDS_ALL="${SECONDS_ALL:-1100}" \
+  WORK=$accuracy RECORDS=${ACCURACY_RECORDS:-} CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept" WAIT=${WAIT:-1} SECONDS_ALL="${SECONDS_ALL:-1100}" \
     SESSION_WORDS="${SESSION_WORDS:---kinds variant --extra flowhn_fac:0 --variants $variants}" \
     bash scripts/accuracy_session.sh </dev/null >"$kept/accuracy.log" 2>&1
 }
+if [ "$phase" = train ]; then
+  # Tests compile on all cores and would slow what is trained: training begins when they are through.
+  mkdir -p "$accuracy" && touch "$accuracy/hold"
+  SECONDS_ALL=$((limit - 15)) WAIT=$((limit - 25)) HOLD=$accuracy/hold train &
+  OUT="$kept" TEST_SECONDS=$((limit / 2)) bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
+  rm -f "$accuracy/hold"
+  echo "$(date +%T) tests are through, $(left) s left"
+  grep -E "^==|passed|failed|^FAILED" "$kept/tests.out" | tail -n 70
+  wait
+  tail -n 40 "$kept/accuracy.log"
+  cp "$kept"/{accuracy.tgz,gpu.json,tests.log} "$out"
+  exit
+fi
 train
 sleep 5
 if [ ! -e "$accuracy/finished" ] && ! kill -0 "$(cat "$accuracy/daemon.pid" 2>/dev/null)" 2>/dev/null; then
