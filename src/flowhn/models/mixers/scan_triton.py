@@ -43,7 +43,7 @@ class Tiles:
     backward_warps: int = 1
     keep_states: bool = True
     segments: int = 0
-    forward_registers: int = 0
+    forward_registers: int = 128
     backward_registers: int = 0
 
 

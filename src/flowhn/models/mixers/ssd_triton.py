@@ -38,25 +38,25 @@ class Tiles:
     """
 
     chunk: int = 64
-    walk_heads: int = 2
-    walk_warps: int = 8
+    walk_heads: int = 1
+    walk_warps: int = 4
     walk_stages: int = 2
     walk_registers: int = 128
     output_heads: int = 8
     output_warps: int = 4
-    output_stages: int = 3
+    output_stages: int = 2
     output_registers: int = 0
     x_heads: int = 8
     x_warps: int = 4
     x_stages: int = 2
     x_registers: int = 168
-    bc_heads: int = 16
+    bc_heads: int = 32
     scores_warps: int = 4
     scores_stages: int = 2
-    scores_registers: int = 168
-    bc_warps: int = 8
+    scores_registers: int = 128
+    bc_warps: int = 4
     bc_stages: int = 2
-    bc_registers: int = 128
+    bc_registers: int = 0
 
 
 DEFAULT_TILES = Tiles()
