@@ -62,14 +62,14 @@ step 'sizes=[350m]' 'models=[jamba,hymba,mamba1]'
 # transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair. Its Mamba-2 tries out the tiles of
 # mamba_ssm's kernels for two minutes before its first step: not prepared beside others, and never longer than MOST.
 if [ "${SKIP:-}" != bench= ] && need_packages mamba_ssm causal_conv1d; then
-  MOST=260 step bench=peers 'models=[mamba2,peer_mamba2]' batch=128
-  MOST=240 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]' batch=128
+  MOST=260 step bench=peers 'models=[mamba2,peer_mamba2]'
+  MOST=240 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]'
 fi
-step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]' batch=128
+step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]'
 step bench=search 'sizes=[135m]'
 step 'sizes=[350m,1b]' 'models=[flowhn_no,flowhn_ae,flowhn_fa]'
 step "repeat=$((${REPEAT:-0} + 1))" 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
-step 'sizes=[350m]' 'models=[flowhn_fac_mamba2,flowhn_fac]' batch=128
+step 'sizes=[350m]' 'models=[flowhn_fac_mamba2,flowhn_fac]'
 step bench=balance 'models=[fac_flops,fac_time,fac_03,fac_05,fac_07]'
 step bench=length prepare=4
 step bench=overlap 'sizes=[135m]' batch=128 profile=true
