@@ -1,6 +1,7 @@
 """Time Mamba-2's gated RMSNorm on this GPU, forward and backward in bf16: python scripts/bench_norm.py [--shapes 128,1024,1536]
 
-What torch.compile makes of the plain module, and the package's Triton kernels by channels of a thread and programs of a processor.
+What torch.compile makes of the plain module, and the package's Triton kernels by channels of a thread, programs of a processor and
+a cap of the backward's registers.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ def both_ways(shape: str) -> None:
     print(f"shape ({shape})\n  compiled      forward {forward:6.3f} ms  forward+backward {both:6.3f} ms", flush=True)
     y_data, z_data, weight = (leaf.detach() for leaf in leaves)
     _, scales = gated_norm_triton.gated_norm_forward(y_data, z_data, weight, 1e-5, 1)
-    for gated_norm_triton.CHANNELS, gated_norm_triton.PROGRAMS in itertools.product((8, 16), (4, 8, 16)):
+    for channels, programs, registers in itertools.product((8, 16), (8, 16), (0, 96, 128)):
+        gated_norm_triton.CHANNELS, gated_norm_triton.PROGRAMS = channels, programs
+        gated_norm_triton.REGISTERS = registers
         forward = milliseconds(lambda: gated_norm_triton.gated_norm_forward(y_data, z_data, weight, 1e-5, 1))
         backward = milliseconds(lambda: gated_norm_triton.gated_norm_backward(dout, y_data, z_data, weight, scales, 1))
-        name = f"triton {gated_norm_triton.CHANNELS:2},{gated_norm_triton.PROGRAMS:2}"
+        name = f"triton {channels:2},{programs:2},{registers:3}"
         print(f"  {name}  forward {forward:6.3f} ms  forward+backward {forward + backward:6.3f} ms", flush=True)
 
 

@@ -66,6 +66,7 @@ if [ "${SKIP:-}" != bench= ] && need_packages mamba_ssm causal_conv1d; then
   MOST=240 step bench=peers 'models=[llama,peer_llama,mamba1,peer_mamba1]'
 fi
 step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]' batch=128
+step bench=balance 'sizes=[1b]' 'models=[fac_mamba2_64]' batch=128
 step bench=search 'sizes=[135m]'
 step 'sizes=[350m,1b]' 'models=[flowhn_no,flowhn_ae,flowhn_fa]'
 step "repeat=$((${REPEAT:-0} + 1))" 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'

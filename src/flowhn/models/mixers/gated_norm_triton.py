@@ -18,6 +18,9 @@ from torch import Tensor
 
 PROGRAMS = 8  # for a processor of the GPU; this and the next were the fastest on an H200: scripts/bench_norm.py
 CHANNELS = 16  # of a thread: with more, registers leave a processor fewer warps
+# The most of a backward thread's (0: as the compiler likes: 182 at 4,096 channels, so that a processor has room for one program). Not
+# measured: with 128 there is room for two, and a little is spilt.
+REGISTERS = 0
 
 
 @triton.jit
@@ -116,6 +119,8 @@ def gated_norm_backward(
     dy, dz = y.new_empty(y.shape), z.new_empty(z.shape) if dz is None else dz
     grid, sizes = _launch(z, n_groups)
     dw = weight.new_empty((grid[0], weight.shape[0]))
+    if REGISTERS and z.is_cuda and not torch.version.hip:
+        sizes["maxnreg"] = REGISTERS
     gated_norm_backward_kernel[grid](
         dout, y, z, weight, scales, dy, dz, dw, z.shape[0] * z.shape[1], z.shape[1], n_groups,
         *dout.stride()[:2], *y.stride()[:2], *z.stride()[:2], *dz.stride()[:2], **sizes,
