@@ -84,6 +84,14 @@ def test_bad_requests_are_one_sentence_before_anything_is_measured(words, said):
         list(bench.plan(to_dict(compose("bench", words))))
 
 
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_help_is_every_option_with_its_comment(word, capsys):
+    assert bench._main([word]) == 0
+    told = capsys.readouterr().out
+    options = set(to_dict(compose("bench", []))) - {"bench"}
+    assert not [name for name in options if f"\n{name}: " not in told and name != "choices"]
+
+
 def test_a_cell_is_measured_in_its_own_process_once(tmp_path, capsys, monkeypatch):
     words = [*SMALL, "models=[flowhn_fac]", f"output_dir={tmp_path}", "profile=true", "commit=1234567"]
     assert bench._main(words) == 0

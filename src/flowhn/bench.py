@@ -18,7 +18,7 @@ from typing import Any
 
 from flowhn.bench_process import run_cell
 from flowhn.cli import run_entry
-from flowhn.config import compose, nearest, to_dict
+from flowhn.config import compose, config_dir, nearest, to_dict
 from flowhn.errors import UserError
 from flowhn.reporting.bench import find_bench_records, read_bench_record, write_bench, write_bench_record
 from flowhn.reporting.record import config_hash, environment
@@ -38,6 +38,9 @@ def main() -> None:
 
 
 def _main(argv: Sequence[str]) -> int:
+    if not {"-h", "--help"}.isdisjoint(argv):
+        sys.stdout.write((config_dir() / "bench.yaml").read_text(encoding="utf-8"))  # every option with its comment
+        return 0
     config = to_dict(compose("bench", argv))
     case = config["bench"]
     folder = Path(config["output_dir"]) / "bench" / case["name"]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 PROGRAMS = 8  # for a processor of the GPU; this and the next were the fastest on an H200: scripts/bench_norm.py
 CHANNELS = 16  # of a thread: with more, registers leave a processor fewer warps
-# The most of a backward thread's (0: as the compiler likes: 182 at 4,096 channels, so that a processor has room for one program). Not
-# measured: with 128 there is room for two, and a little is spilt.
+# The most of a backward thread's. 0: as the compiler likes, which at 4,096 channels is 182 and leaves a processor room for one
+# program. Not measured: with 128 there is room for two, and a little is spilt.
 REGISTERS = 0
 
 
