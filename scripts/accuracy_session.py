@@ -327,7 +327,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--valid", default="valid")
     parser.add_argument("--eval", default="paper")
     parser.add_argument("--eval-dir", default="eval")
-    parser.add_argument("--hold", default="", help="prepare, but train nothing while this file exists")
+    parser.add_argument("--hold", default="", help="prepare, but begin to train when this file is gone")
     parser.add_argument("--no-warm", dest="warm", action="store_false")
     parser.add_argument("--override", action="append", default=[], help="one more key=value for every run")
     parser.add_argument(

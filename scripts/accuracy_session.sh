@@ -6,7 +6,7 @@
 #   $DATA/text/train-00.txt.xz $DATA/text/train-01.txt.xz   (151 MB unpacked, about 33M tokens of 65,536: one pass at 30M)
 #   $DATA/valid.txt.xz                                       $DATA/eval/<task>.jsonl.gz (seven)
 # WAIT=570 seconds of one call; SECONDS_ALL: no job begins that would end later, counted from the first call; GPUS=2;
-# LONG_QUESTIONS=25 of each of the twelve long-context tasks; RECORDS=accuracy.tgz goes on from an earlier call's file on a fresh machine. HOLD=FILE: nothing is trained while it exists. SESSION_WORDS="--kinds lr,table" chooses jobs.
+# LONG_QUESTIONS=25 of each of the twelve long-context tasks; RECORDS=accuracy.tgz goes on from an earlier call's file on a fresh machine. HOLD=FILE: training begins when it is gone. SESSION_WORDS="--kinds lr,table" chooses jobs.
 # Afterwards, at home: python scripts/accuracy_session.py keep accuracy.tgz && python scripts/refresh_experiments.py
 #
 # The plan, with seconds and when each job would end on one and on two GPUs: python scripts/accuracy_session.py plan $SESSION_WORDS

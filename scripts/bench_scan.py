@@ -3,8 +3,8 @@
     python scripts/bench_scan.py                                # all shapes, all tilings
     python scripts/bench_scan.py --shapes 64,447,1536,16 --tiles 8,8,64,1,64,1,1 --profile
 
-A tiling is chunk, forward_chunk, forward_channels, forward_warps, backward_channels, backward_warps, keep_states, segments and,
-where they are capped, forward_registers and backward_registers.
+A tiling is chunk, forward_chunk, forward_channels, forward_warps, backward_channels, backward_warps, keep_states, segments,
+forward_registers and backward_registers; what is left out at the end is as in the defaults.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ def tilings() -> list[Tiles]:
             Tiles(chunk, forward, DEFAULT_TILES.forward_channels, 1, channels, warps, keep) for keep in (True, False)
         ]
     found += [replace(DEFAULT_TILES, segments=number) for number in (1, 2, 3, 4, 8, 16)]
+    found += [replace(DEFAULT_TILES, forward_registers=cap) for cap in (0, 96, 128, 168)]
+    found += [replace(DEFAULT_TILES, backward_registers=cap) for cap in (0, 128, 168)]
     return list(dict.fromkeys(found))
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A whole session on a lent machine of one or two GPUs. Every call brings home all that there is, so that a lost machine costs one call at
+# A whole session on a lent machine of one or two GPUs. Every call brings home all that it adds to, so that a lost machine costs one call at
 # most. scripts/gpu_archives.sh makes what the calls carry. Calls must follow each other within 30 seconds, or the machine goes back: have the
 # next one ready. COMMIT=... names the code.
 # One GPU, which does one thing at a time:
@@ -12,10 +12,11 @@
 #   bash scripts/gpu_session.sh go 560          call 2, carrying .data (and build/frozen.tar.xz where FROZEN is set, see speed_session.sh)
 #   bash scripts/gpu_session.sh go 560          call 3, carrying build/conv.tar.xz: goes on, with transformers' Mamba to compare with
 #   bash scripts/gpu_session.sh go 500 tests    call 4: GPU tests on GPU 0 as soon as training has ended there; seconds as many as are left, less 15
-# SECONDS_ALL=1100: no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained.
+# SECONDS_ALL=1100 (of go): no training begins that would end later, counted from call 2. SESSION_WORDS chooses what is trained. train is for one call:
+# its tests would run beside the training that an earlier one began.
 # On a fresh machine after a lost one, the first calls again: ACCURACY_RECORDS=accuracy.tgz, BENCH_RECORDS=bench.tgz and BENCH0_RECORDS=bench0.tgz,
 # carried, go on from what came home.
-# $OUT gets accuracy.tgz (accuracy_session.py keep), bench.tgz and bench0.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
+# $OUT gets packages.log (settings of kernels, timed), accuracy.tgz (accuracy_session.py keep), bench.tgz and bench0.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
 # beside a group of tests that ended with 124 (out of time) lacks that group's comparisons and is not to be committed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -59,8 +60,9 @@ fi
 case $phase in go | time | train) ;; *) echo "no phase $phase: packages, time, train or go" >&2; exit 2 ;; esac
 if [ "$phase" = time ]; then
   WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} OUT="$kept" bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
+  code=$?
   cp "$kept/bench.tgz" "$out"
-  exit
+  exit $code
 fi
 # Files, not pipes, and no input: the daemon outlives this call and must not hold its output open.
 train() {

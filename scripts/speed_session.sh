@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Issue 4's timing on a GPU machine that is lent for minutes, what matters most first; goes on from /tmp/bench in the next call.
 #   COMMIT=... scripts/speed_session.sh 540        seconds that this call may take; CUDA_VISIBLE_DEVICES chooses the GPU
-# scripts/gpu_session.sh calls it beside training and GPU tests. RECORDS=bench.tgz goes on from an earlier machine's file;
+# scripts/gpu_session.sh calls it, alone on one GPU, or beside training and GPU tests on two. RECORDS=bench.tgz goes on from an earlier machine's file;
 # ONLY='bench=peers|balance' takes the steps whose words match, SKIP=bench= those whose do not, so that two GPUs (with WORK and OUT of
 # their own) share the list.
 # REPEAT=1 measures again, as records of their own (another day). Needs the packages of scripts/gpu_packages.sh.

@@ -24,6 +24,7 @@ from flowhn.data.build import cut_pieces
 from flowhn.data.corpora.docs import DocsCorpus
 from flowhn.data.corpora.files import FilesCorpus
 from flowhn.data.packing import packed_rows, unigram_cross_entropy
+from flowhn.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "data"
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "wizards", "boil", "strange", "soup"]
@@ -193,6 +194,22 @@ def test_val_path_is_the_whole_validation_part(tmp_path):
     assert (prepared.stats["n_train_documents"], prepared.stats["n_val_documents"]) == (12, 2)
     rows = [json.loads(line)["text"] for line in prepared.heldout_file.read_text().split("\n") if line]
     assert rows == val
+
+
+def test_validation_text_in_the_same_folder_is_not_trained_on(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    train, val = documents(12), documents(14)[12:]
+    (folder / "a.txt").write_text("\n<|endoftext|>\n".join(train))
+    (folder / "v.txt").write_text("\n<|endoftext|>\n".join(val))
+    (tmp_path / "link.txt").symlink_to(folder / "v.txt")
+    for path in (folder, folder / "*.txt"):
+        for val_path in (folder / "v.txt", tmp_path / "link.txt"):
+            found = list(FilesCorpus(files_spec(str(path), val_path=str(val_path))).documents())
+            assert [document.text for document in found if not document.held_out] == train
+            assert [document.text for document in found if document.held_out] == val
+    with pytest.raises(UserError, match="names no text but that of data.val_path"):
+        FilesCorpus(files_spec(str(folder / "v.txt"), val_path=str(folder / "v.txt")))
 
 
 # --- rows

@@ -17,7 +17,7 @@ from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import write_bench_record
 from flowhn.reporting.cells import Cell, pool
 from flowhn.reporting.record import RunRecord
-from flowhn.reporting.speeds import DaySpread, day_spreads, other_code, repeats
+from flowhn.reporting.speeds import DaySpread, day_spreads, newest_speeds, other_code, repeats
 from flowhn.reporting.style import CELLS
 from flowhn.reporting.tables import DASH, table1, write_table
 from flowhn.reporting.verdicts import CLAIMS, paired_bootstrap, verdicts
@@ -425,6 +425,13 @@ def test_days_are_compared_cell_by_cell_from_the_committed_records(tmp_path):
     assert (row["tokens/s, each run"], row["commit"], row["folder"]) == ("1,000; 1,060", "aaaaaaa", "a, b")
     bench("b", "7.json", 5000.0, git={"commit": "a" * 40, "dirty": True})  # what changed nobody knows
     assert day_spreads(tmp_path) == {"NVIDIA H200": DaySpread(pytest.approx(0.06), same_code=True)}
+    assert newest_speeds(tmp_path, "NVIDIA H200", "1b") == newest_speeds(tmp_path, "A", "135m") == {}
+    for name, tps in (("8a.json", 900.0), ("8b.json", 1300.0), ("8c.json", 1100.0)):
+        bench("c", name, tps, commit="c" * 40)
+    bench("c", "9.json", 300.0, commit="c" * 40, cell="shm")
+    bench("c", "9b.json", 2.0, commit="d" * 40, protocol="published")
+    newest = newest_speeds(tmp_path, "NVIDIA H200", "135m")
+    assert {cell: record["tps"] for cell, record in newest.items()} == {"llama": 1100.0, "shm": 300.0}
 
 
 def test_cells_of_an_artefact_are_told_apart():

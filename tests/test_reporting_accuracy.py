@@ -10,12 +10,14 @@ import pytest
 
 from flowhn.errors import UserError
 from flowhn.reporting.artefact import write_artefact
+from flowhn.reporting.bench import write_bench_record
 from flowhn.reporting.bench_figures import throughput_figure
 from flowhn.reporting.beyond import gap_table, readable_gap
 from flowhn.reporting.cells import pool
 from flowhn.reporting.figures import loss_figure, loss_vs_time_figure
+from flowhn.reporting.gap_figure import gap_figure
 from flowhn.reporting.long_context import long_context_figure, read_results, write_long_context
-from flowhn.reporting.reasons import at_equal_cost, depth_lines, equal_cost_lines
+from flowhn.reporting.reasons import at_equal_cost, depth_lines, equal_cost_lines, lack_lines
 from flowhn.reporting.record import write_record
 from flowhn.reporting.summary import accuracy_block
 from flowhn.reporting.verdicts import verdicts
@@ -179,7 +181,7 @@ def test_the_readme_s_block_says_what_the_records_say(tmp_path):
         write_record(tmp_path / "table1_lr" / "s" / "records" / f"{record.cell}.json", record)
     text = accuracy_block(tmp_path, "s", gap=GAP)
     assert "| FlowHN FAC_Split | 1 | 4.000 | 1,000 | 30.00 ± " in text
-    assert "among 0.001, 0.002 at 4,000,000 tokens: llama 0.002 (the highest tried)." in text
+    assert "chosen per family at 4,000,000 tokens: llama 0.002 (of 0.001, 0.002; the highest tried)." in text
     assert "inherit" not in text  # FlowHN's rate was not tried here
     assert "another rate" not in text
     trained = fake("llama", acc=0.4, config={"lr": 1e-3})
@@ -232,6 +234,43 @@ def test_depth_is_told_from_the_records_and_the_routes():
     assert "one after another: SHM 7." in text
     assert "FAC_Split 62 %" in text
     assert depth_lines(records[:1], "135m", None) == []
+    (text, _) = depth_lines(records, "135m", None, depths="tiny: no.")
+    assert text.endswith("SHM 7. Would more blocks help? tiny: no.")
+
+
+def test_what_fac_lacks_is_told_by_the_variants_that_have_it_alone():
+    more = [fake("fac_rope", loss=4.66, tps=990.0), fake("fac_keys_rope", loss=4.5, tps=900.0)]
+    (text, _) = lack_lines(gap_table([*variants(), *more], size="135m", **GAP))
+    assert text == "Each alone closes, of FAC_Split's gap to No_Split: positions (RoPE) 20 %."
+    assert lack_lines(gap_table(variants(), size="135m", **GAP)) == []
+    assert lack_lines(None) == []
+
+
+def test_every_marker_of_the_gap_has_the_number_of_its_row():
+    figure = gap_figure(gap_table(variants(), size="135m", **GAP), **GAP)
+    (axes,) = figure.axes
+    points = {line.get_label(): (line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines}
+    numbers = {text.get_text(): text.xy for text in axes.texts if text.get_text().isdigit()}
+    assert len(points) == len(numbers) == 6
+    for told, point in points.items():
+        assert numbers[told.split()[0]] == point
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(points)
+
+
+def test_speeds_of_the_newest_code_stand_beside_those_of_the_training_runs(tmp_path):
+    for cell in ("flowhn_fac", "llama"):
+        write_record(tmp_path / "table1" / "s" / "records" / f"{cell}.json", timed(cell, 900.0, 1.0, 1.01, acc=0.4))
+    assert "timed apart" not in accuracy_block(tmp_path, "s", gap=GAP)
+    for cell, tps in (("flowhn_fac", 1198.0), ("llama", 1200.0)):
+        record = {
+            "schema": "flowhn-bench-1", "cell": cell, "size": "135m", "seq_len": 1024, "batch": 64, "protocol": "optimised",
+            "peer": None, "status": "done", "tps": tps, "mfu": 0.4, "device": {"name": "NVIDIA H200", "count": 1},
+            "git": {"commit": "c" * 40, "dirty": False}, "created": "2026-01-01",
+        }  # fmt: skip
+        write_bench_record(tmp_path / "figure4" / "h" / "records" / f"{cell}.json", record)
+    text = accuracy_block(tmp_path, "s", gap=GAP)
+    assert "timed apart and by the newest code (ccccccc, NVIDIA H200): " in text
+    assert "FAC_Split's tokens/s over Llama's 0.998x" in text  # 1.00x would read as even
 
 
 def test_every_model_has_its_place_in_every_panel_and_points_stay_inside():

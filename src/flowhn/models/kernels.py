@@ -131,6 +131,13 @@ def resolve_attention(requested: str, device_type: str) -> str:
     return _resolve_attention(requested, device_type)
 
 
+@cache
+def takes_register_caps(device: torch.device) -> bool:
+    """Whether a Triton kernel here may be given a cap of registers: before Hopper many of ours would spill, and AMD's compiler
+    knows no cap."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 # For custom operators whose kernels take rows that lie apart. torch.compile pads rows of which the bytes are no multiple of
 # 128 (in_proj of Mamba-2 at 135m makes 3,352 columns) and, without the tag, copies what an operator reads of them.
 ANY_STRIDES = (torch.Tag.needs_fixed_stride_order,)

@@ -261,6 +261,7 @@ def _profile_text(record: Mapping[str, Any]) -> str:
             *lines,
             "",
             f"{profile['kernel_ms']:.1f} ms of kernels in {profile['busy_ms']:.1f} ms; "
-            f"{profile['overlap_ms']:.1f} ms ran beside another kernel.",
+            f"{profile['overlap_ms']:.1f} ms ran beside another kernel. A timed step took "
+            f"{1e3 * record['step_seconds']:.1f} ms; the profile is of three later steps, without what lies between kernels.",
         ]
     )

@@ -33,12 +33,17 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
     with matplotlib.rc_context(style.FONT):
         figure = Figure(figsize=(style.WIDTH, 3.9), dpi=style.DPI, layout="constrained")
         axes = figure.subplots()
-        for row in frame.itertuples():
+        for number, row in enumerate(frame.itertuples(), start=1):
             look, own = looks[row.cell], row.cell == of or row.cell in to
             axes.plot(
                 [100 * row.speed], [row.val_loss], look.marker, color=look.color, markersize=9 if own else 6,
                 markeredgecolor="black" if own else look.color, markeredgewidth=0.8, linestyle="none",
-                label=f"{style.long_name(row.cell)}  {row.val_loss:.3f}",
+                label=f"{number}  {style.long_name(row.cell)}  {row.val_loss:.3f}",
+            )  # fmt: skip
+            side = 1 if number % 2 else -1  # neighbours by loss are often near each other
+            axes.annotate(
+                str(number), (100 * row.speed, row.val_loss), xytext=(5 * side, 4 * side), textcoords="offset points",
+                fontsize=6.5, ha="left" if side > 0 else "right", va="bottom" if side > 0 else "top",
             )  # fmt: skip
         axes.margins(0.06)
         ahead = goal_model(frame, to)

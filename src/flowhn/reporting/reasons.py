@@ -73,13 +73,14 @@ def equal_cost_lines(records: Sequence[RunRecord], size: str) -> list[str]:
     return [" ".join(told), ""] if told else []
 
 
-def depth_lines(records: Sequence[RunRecord], size: str, seen: pd.DataFrame | None) -> list[str]:
+def depth_lines(records: Sequence[RunRecord], size: str, seen: pd.DataFrame | None, *, depths: str = "") -> list[str]:
     """How deep the models of one size are, and what a token of FlowHN can have seen after all blocks.
 
     Args:
         records: of one size.
         size: that size.
         seen: rows of :func:`flowhn.reporting.routing.reach_table` of the splits on record, after their last block.
+        depths: what the ablation of depth found, a sentence.
     """
     cells = pool(records, size)
     layers = {cell: _layers(pooled.first) for cell, pooled in cells.items()}
@@ -95,10 +96,34 @@ def depth_lines(records: Sequence[RunRecord], size: str, seen: pd.DataFrame | No
         reach = ", ".join(f"{name(row.cell)} {row.mean:.0f} %" for row in seen.itertuples())
         sentence += (
             f" After {ours} blocks a token can have seen, of the tokens before it and on average over positions: {reach}; in "
-            "every other model all of them in the first layer. Whether that is why the splits are behind, "
-            "`./reproduce.sh ablation_depth` asks."
+            "every other model all of them in the first layer."
         )
+    if depths:
+        sentence += f" Would more blocks help? {depths}"
     return [sentence, ""]
+
+
+# What FAC_Split lacks and others have, and the variant that has that alone.
+_LACKS = {
+    "fac_rope": "positions (RoPE)",
+    "fac_keys": "the keys of all tokens",
+    "fac_conv": "a convolution before the branches part",
+}
+
+
+def lack_lines(gap: pd.DataFrame | None, *, to: str = "flowhn_no") -> list[str]:
+    """How much of the gap each thing closes that FAC_Split lacks, from the variants that have it alone.
+
+    Args:
+        gap: as :func:`flowhn.reporting.beyond.gap_table` gives it, or None.
+        to: the model whose lead is to be made up for.
+    """
+    column = f"closed_{to}"
+    if gap is None or column not in gap:
+        return []
+    closed = gap.dropna(subset=[column]).set_index("cell")[column]
+    told = [f"{words} {100 * closed[cell]:.0f} %" for cell, words in _LACKS.items() if cell in closed]
+    return [f"Each alone closes, of FAC_Split's gap to {name(to)}: {', '.join(told)}.", ""] if told else []
 
 
 def _layers(record: RunRecord) -> int | None:

@@ -122,6 +122,25 @@ def other_code(experiments: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def newest_speeds(experiments: Path, device: str, size: str) -> dict[str, Mapping[str, Any]]:
+    """Cell -> its record in the newest code's run of figure 4 on a device at one size, of several the one with the middle
+    speed; empty where there is none. Raises as :func:`day_spreads`."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for key, runs in _timed(experiments, by_commit=False).items():
+        if key[0] == device and runs[-1][1]["size"] == size and runs[-1][1]["protocol"] == "optimised":
+            for _, record in runs:
+                found.setdefault(commit_of(record), []).append(record)
+    if not found:
+        return {}
+    newest = max(found.values(), key=lambda records: max(str(record.get("created", "")) for record in records))
+    cells = {record["cell"] for record in newest}
+    middle: dict[str, Mapping[str, Any]] = {}
+    for cell in cells:
+        runs_of = sorted((record for record in newest if record["cell"] == cell), key=lambda record: record["tps"])
+        middle[cell] = runs_of[len(runs_of) // 2]
+    return middle
+
+
 def _named(record: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": label(record["cell"]), "size": record["size"], "batch": str(record["batch"])}
 

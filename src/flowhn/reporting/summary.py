@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from flowhn.reporting import paper
+from flowhn.reporting import paper, style
+from flowhn.reporting.ablation_answers import depth_answer
+from flowhn.reporting.ablation_tables import depth_table
+from flowhn.reporting.adapter import adapter_lines
+from flowhn.reporting.bench import commit_of
 from flowhn.reporting.beyond import gap_table, goal_model, is_reference
 from flowhn.reporting.rates import chosen_rates, rate_table
-from flowhn.reporting.reasons import depth_lines, equal_cost_lines
+from flowhn.reporting.reasons import depth_lines, equal_cost_lines, lack_lines
 from flowhn.reporting.record import RunRecord, find_records
-from flowhn.reporting.speeds import DaySpread, day_spreads
+from flowhn.reporting.speeds import DaySpread, day_spreads, newest_speeds
 from flowhn.reporting.style import long_name, size_name
 from flowhn.reporting.tables import DASH, SLIP, table1
 from flowhn.reporting.verdicts import BIASED, BIASED_ALONE, INTERVAL, verdicts
@@ -34,7 +37,7 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
         UserError: the records cannot make one table.
     """
     records = find_records(experiments / "table1" / setting / "records")
-    adapter = _adapter(experiments / "hflm" / "comparison.json")
+    adapter = adapter_lines(experiments / "hflm" / "comparison.json")
     if not records:
         return "\n".join(["The records of this table are not there yet; the command above makes them.", *adapter])
     size = records[0].size
@@ -43,60 +46,20 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
         "",
         _made(records, setting),
         "",
-        *_verdict_lines(records, size, day_spreads(experiments)),
+        *_verdict_lines(records, size, experiments),
         "",
     ]
     parts += _rates(find_records(experiments / "table1_lr" / setting / "records"), records)
-    parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen)]
+    parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen, depths=_depths(experiments))]
+    parts += lack_lines(_gap(experiments, setting, size, gap))
     shown = {f"loss_vs_{axis.lower()}": f"validation loss over training {axis}" for axis in ("time", "FLOPs")}
     parts += _pictures(experiments, "table1", setting, shown)
-    parts += _beyond(find_records(experiments / "beyond" / setting / "records"), experiments, size, setting, gap)
+    parts += _beyond(_gap(experiments, setting, size, gap), experiments, setting, gap)
     if (experiments / "long_context" / setting / "long_context.png").is_file():
         parts += [
             f"Beyond the trained length: [experiments/long_context](experiments/long_context/{setting}/table.md)."
         ]
     return "\n".join([*parts, *adapter]).rstrip()
-
-
-def _adapter(path: Path) -> list[str]:
-    """lm-eval's own ``HFLM`` beside ours: differences in float32 and float64, and seconds."""
-    if not path.is_file():
-        return []
-    found = json.loads(path.read_text(encoding="utf-8"))
-    lines = [
-        "",
-        "The adapter beside lm-eval's own `HFLM` on the same random weights, padded and batched: largest difference in a "
-        f"log-likelihood, in nats, of {found['requests']} real requests of the six sets.",
-        "",
-        "| model | float32 | float32, `HFLM`'s sums in float64 | float64 | ours: float32 - float64 | `HFLM`: float32 - float64 |",
-        "|---|---|---|---|---|---|",
-    ]
-    for model in found["models"].values():
-        narrow = model["float32"]
-        distance = narrow["largest_distance_from_float64"]
-        numbers = (
-            narrow["largest_difference"],
-            narrow["largest_difference_with_hflm_sums_in_float64"],
-            model["float64"]["largest_difference"],
-            distance["ours"],
-            distance["hflm"],
-        )
-        lines.append(f"| {model['model']} | {' | '.join(f'{value:.1e}' for value in numbers)} |")
-    largest = max(model["largest_log_likelihood"] for model in found["models"].values())
-    rolling = {
-        name: max(model[name]["rolling_largest_relative_difference"] for model in found["models"].values())
-        for name in ("float32", "float64")
-    }
-    return [
-        *lines,
-        "",
-        f"The limits are {found['limits']['float32']:.0e} in float32 and {found['limits']['float64']:.0e} in float64. What "
-        "differs in float32 is rounding: `HFLM` adds up a continuation in float32 (log-likelihoods of up to "
-        f"{largest:,.0f} nats), ours in float64. Rolling log-likelihoods agree to {rolling['float32']:.1e} of their size in "
-        f"float32, {rolling['float64']:.1e} in float64. Best of three on {found['threads']} CPU thread(s), Llama: "
-        f"{min(found['seconds_ours']):.1f} s, `HFLM` {min(found['seconds_hflm']):.1f} s at its best batch size "
-        f"({found['hflm_batch_size']}). How: [experiments/hflm](experiments/hflm/README.md).",
-    ]
 
 
 def _number(value: Any, form: str) -> str:
@@ -137,7 +100,13 @@ def _made(records: Sequence[RunRecord], setting: str) -> str:
     )
 
 
-def _verdict_lines(records: Sequence[RunRecord], size: str, days: Mapping[str, DaySpread]) -> list[str]:
+def _ratio(value: float) -> str:
+    """Two decimals; three where two would read as even."""
+    return f"{value:.3f}x" if f"{value:.2f}" == "1.00" and value != 1 else f"{value:.2f}x"
+
+
+def _verdict_lines(records: Sequence[RunRecord], size: str, experiments: Path) -> list[str]:
+    days = day_spreads(experiments)
     frame = verdicts(records, size=size, days=days)
     lines = [f"| claim of the paper | ours | {INTERVAL} | without BoolQ, 95 % | verdict |", "|---|---|---|---|---|"]
     for row in frame.to_dict("records"):
@@ -145,15 +114,40 @@ def _verdict_lines(records: Sequence[RunRecord], size: str, days: Mapping[str, D
         if row["verdict"] == "not testable":
             lines.append(f"| {row['sentence']}{against} | {DASH} | {DASH} | {DASH} | not testable |")
             continue
-        points = row["quantity"] == "average"
-        form = "{:+.2f}" if points else "{:.2f}x"
-        ours, low, high = (form.format(row[key]) for key in ("difference", "low", "high"))
+        form = "{:+.2f}".format if row["quantity"] == "average" else _ratio
+        ours, low, high = (form(row[key]) for key in ("difference", "low", "high"))
         holds = {"yes": "holds", "no": "does not hold", "partly": "partly", "undecided": "open"}.get(
             row["holds"], row["holds"]
         )
         rest = "" if pd.isna(row["rest"]) else f"{row['rest_low']:+.2f} to {row['rest_high']:+.2f}"
         lines.append(f"| {row['sentence']}{against} | {ours} | {low} to {high} | {rest} | {row['verdict']}: {holds} |")
-    return [*lines, "", *_caution(records, size), *_speed_caution(records, days)]
+    newer = _newer_speeds(records, size, experiments, frame)
+    return [*lines, "", *_caution(records, size), *_speed_caution(records, days), *newer]
+
+
+def _newer_speeds(records: Sequence[RunRecord], size: str, experiments: Path, frame: pd.DataFrame) -> list[str]:
+    """The same ratios of speed in figure 4, which was timed by newer code and in one run."""
+    told = []
+    own = sorted({str((record.git or {}).get("commit", "unknown"))[:7] for record in records})
+    for device in _devices(records):
+        timed = newest_speeds(experiments, device, size)
+        words = {"tps": "tokens/s", "mfu": "MFU"}
+        ratios = [
+            f"{style.name(row['first'])}'s {words[row['quantity']]} over {style.name(row['second'])}'s "
+            f"{_ratio(timed[row['first']][row['quantity']] / timed[row['second']][row['quantity']])}"
+            for row in frame.to_dict("records")
+            if row["quantity"] in words
+            and all(timed.get(row[key], {}).get(row["quantity"]) for key in ("first", "second"))
+        ]
+        if ratios:
+            some = next(iter(timed.values()))
+            told += [
+                "",
+                f"These are the speeds of the training runs themselves (code {', '.join(own)}). In "
+                f"[figure 4](experiments/figure4/README.md), timed apart and by the newest code ({commit_of(some)}, {device}): "
+                f"{', '.join(ratios)}.",
+            ]
+    return told
 
 
 def _speed_caution(records: Sequence[RunRecord], days: Mapping[str, DaySpread]) -> list[str]:
@@ -198,9 +192,8 @@ def _rates(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[str
         return []
     frame = rate_table(tried)
     told = ", ".join(_rate(frame[frame["family"] == family]) for family in frame["family"].unique())
-    rates = ", ".join(f"{rate:g}" for rate in sorted(frame["lr"].unique()))
     tokens = int(frame["tokens"].iloc[0])
-    lines = [f"Learning rates, chosen per family among {rates} at {tokens:,} tokens: {told}."]
+    lines = [f"Learning rates, chosen per family at {tokens:,} tokens: {told}."]
     heirs = [
         long_name(f"flowhn_{split}") for split in ("no", "ae", "fa") if f"flowhn_{split}" not in set(frame["family"])
     ]
@@ -224,10 +217,11 @@ def _rate(tried: pd.DataFrame) -> str:
         return f"{tried['family'].iloc[0]} none"
     row = chosen.iloc[0]
     ties = tried[~tried["chosen"] & (tried["val_loss"] < row["val_loss"] + _TIE)]
-    remarks = ["the highest tried"] if row["lr"] == tried["lr"].max() else []
+    remarks = [f"of {', '.join(f'{rate:g}' for rate in sorted(tried['lr'].unique()))}"]
+    remarks += ["the highest tried"] if row["lr"] == tried["lr"].max() else []
     remarks += ["the lowest tried"] if row["lr"] == tried["lr"].min() and len(tried) > 1 else []
     remarks += [f"{rate:g} is within {_TIE:g} nats" for rate in ties["lr"]]
-    return f"{row['family']} {row['lr']:g}" + (f" ({', '.join(remarks)})" if remarks else "")
+    return f"{row['family']} {row['lr']:g} ({'; '.join(remarks)})"
 
 
 def _pictures(experiments: Path, artefact: str, setting: str, names: dict[str, str]) -> list[str]:
@@ -238,11 +232,28 @@ def _pictures(experiments: Path, artefact: str, setting: str, names: dict[str, s
     return [*lines, ""] if lines else []
 
 
-def _beyond(records: Sequence[RunRecord], experiments: Path, size: str, setting: str, gap: dict[str, Any]) -> list[str]:
+def _depths(experiments: Path) -> str:
+    """What the ablation of depth found, with its link; empty where it has no records."""
+    folder = experiments / "ablation_depth"
+    found = [
+        f"`{setting.name}`: {depth_answer(depth_table(setting))}"
+        for setting in sorted(path.parent for path in folder.glob("*/records"))
+    ]
+    return f"[experiments/ablation_depth](experiments/ablation_depth/README.md), {' '.join(found)}" if found else ""
+
+
+def _gap(experiments: Path, setting: str, size: str, gap: dict[str, Any]) -> pd.DataFrame | None:
+    """The variants' table, or None where there are no variants or FAC_Split is not there."""
+    records = find_records(experiments / "beyond" / setting / "records")
     own = {gap["of"], *gap["to"]}
     if not any(record.cell not in own for record in records) or not any(record.cell == gap["of"] for record in records):
+        return None
+    return gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
+
+
+def _beyond(frame: pd.DataFrame | None, experiments: Path, setting: str, gap: dict[str, Any]) -> list[str]:
+    if frame is None:
         return []
-    frame = gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
     tried = frame[[not is_reference(cell, of=gap["of"], to=list(gap["to"])) for cell in frame["cell"]]]
     fast = tried[tried["speed"] >= 0.9]
     link = f"[experiments/beyond/{setting}](experiments/beyond/{setting}/gap.md) has all of them."

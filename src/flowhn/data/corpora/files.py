@@ -26,12 +26,13 @@ class FilesCorpus:
     """Documents of one or more local files.
 
     Args:
-        spec: ``path`` (file, folder, glob or a list of these), ``val_path`` (the same, or null), ``val_fraction``
-            (used where there is no ``val_path``), ``text_key`` (field or column of JSON lines and Parquet),
-            ``separator`` (the line between documents of a text file).
+        spec: ``path`` (file, folder, glob or a list of these), ``val_path`` (the same, or null; its files are no part of
+            ``path``, though they lie in that folder), ``val_fraction`` (used where there is no ``val_path``), ``text_key`` (field
+            or column of JSON lines and Parquet), ``separator`` (the line between documents of a text file).
 
     Raises:
-        UserError: a path that is missing, empty or of unknown type, or a fraction out of range.
+        UserError: a path that is missing, empty or of unknown type, no text but the validation text, or a fraction out of
+            range.
     """
 
     def __init__(self, spec: Mapping[str, Any]) -> None:
@@ -41,6 +42,14 @@ class FilesCorpus:
         self.separator = str(spec.get("separator") or "<|endoftext|>")
         self.paths = resolve_paths(spec["path"], "data.path")
         self.val_paths = resolve_paths(spec["val_path"], "data.val_path") if spec.get("val_path") else []
+        if self.val_paths:  # they may lie in the same folder, or be meant by the same glob
+            held_out = {path.resolve() for path in self.val_paths}
+            self.paths = [path for path in self.paths if path.resolve() not in held_out]
+            if not self.paths:
+                raise UserError(
+                    f"data.path={spec['path']} names no text but that of data.val_path={spec['val_path']}; give text to train "
+                    "on, or leave data.val_path away and a share is held out (data.val_fraction)"
+                )
         self.val_fraction = 0.0 if self.val_paths else read_fraction(spec)
 
     def fingerprint(self) -> dict[str, Any]:

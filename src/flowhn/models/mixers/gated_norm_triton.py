@@ -16,8 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 8  # for a processor of the GPU; this and the next were the fastest on an H200: scripts/bench_norm.py
-CHANNELS = 16  # of a thread: with more, registers leave a processor fewer warps
+from flowhn.models.kernels import takes_register_caps
+
+# The fastest on an H200 of 4, 8 and 16 programs and of 8 and 16 channels: scripts/bench_norm.py
+PROGRAMS = 8  # for a processor of the GPU
+CHANNELS = 16  # of a thread
 # The most of a backward thread's. 0: as the compiler likes, which at 4,096 channels is 182 and leaves a processor room for one
 # program. Not measured: with 128 there is room for two, and a little is spilt.
 REGISTERS = 0
@@ -119,7 +122,7 @@ def gated_norm_backward(
     dy, dz = y.new_empty(y.shape), z.new_empty(z.shape) if dz is None else dz
     grid, sizes = _launch(z, n_groups)
     dw = weight.new_empty((grid[0], weight.shape[0]))
-    if REGISTERS and z.is_cuda and not torch.version.hip:
+    if REGISTERS and takes_register_caps(z.device):
         sizes["maxnreg"] = REGISTERS
     gated_norm_backward_kernel[grid](
         dout, y, z, weight, scales, dy, dz, dw, z.shape[0] * z.shape[1], z.shape[1], n_groups,

@@ -15,15 +15,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from flowhn.models.kernels import ANY_STRIDES
+from flowhn.models.kernels import ANY_STRIDES, takes_register_caps
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut. All powers of two. The defaults were the fastest tried on an H200 at 64 x 447 tokens, E 1536.
+    """How the work is cut. The defaults were the fastest tried on an H200 at 64 x 447 tokens, E 1536; the forward's cap of
+    registers at E 1536 and 4096, where the backward has none, because at E 4096 it is slower with one (at E 1536, 128 x 447
+    tokens, it would be 5 % faster with 168).
 
     Args:
-        chunk: tokens of the backward's chunk; the state before each chunk is kept.
+        chunk: tokens of the backward's chunk (this, and channels and warps, powers of two); the state before each chunk is kept.
         forward_chunk: tokens the forward unrolls, a multiple of ``chunk``.
         forward_channels, backward_channels: channels of a program.
         forward_warps, backward_warps: warps of a program, of 32 threads.
@@ -99,9 +101,9 @@ def _segments(u: Tensor, tiles: Sequence[int], *, forward: bool) -> tuple[int, i
     return -(-n_tokens // length), length
 
 
-def _registers(tiles: Sequence[int], place: int) -> dict[str, int]:
+def _registers(tiles: Sequence[int], place: int, device: torch.device) -> dict[str, int]:
     """The cap of registers that stands there, if one does."""
-    return {"maxnreg": tiles[place]} if len(tiles) > place and tiles[place] and not torch.version.hip else {}
+    return {"maxnreg": tiles[place]} if len(tiles) > place and tiles[place] and takes_register_caps(device) else {}
 
 
 def _states_shape(u: Tensor, A: Tensor, tiles: Sequence[int]) -> tuple[int, ...]:
@@ -156,7 +158,7 @@ def _run_forward(
             u, delta, A2, B, C, D, bias, y, carry, states, total,
             n_tokens, n_channels, n_states, _n_chunks(u, tiles), n_blocks, n_segments, length,
             *_strides(u, delta, B, C), K=unrolled, BE=channels, SAVE=save, OUTPUT=output, START=start, num_warps=warps,
-            **_registers(tiles, 8),
+            **_registers(tiles, 8, u.device),
         )  # fmt: skip
 
     if n_segments > 1:
@@ -224,7 +226,7 @@ def triton_backward(
         dy, u, delta, A2, B, C, D, bias, states, du, ddelta, dA, dB, dC, dD, dbias, carry,
         n_tokens, n_channels, n_states, n_chunks, n_blocks, n_chunks * chunk, n_segments, length,
         *_strides(dy, u, delta, B, C), K=chunk, BE=channels, START=n_segments > 1, num_warps=warps,
-        **_registers(tiles, 9),
+        **_registers(tiles, 9, u.device),
     )  # fmt: skip
     dB, dC = (part.sum(0)[:, :, :n_tokens].transpose(1, 2) for part in (dB, dC))
     return (

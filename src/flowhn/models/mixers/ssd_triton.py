@@ -10,19 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from flowhn.models.kernels import ANY_STRIDES
+from flowhn.models.kernels import ANY_STRIDES, takes_register_caps
 
 
 @dataclass(frozen=True)
 class Tiles:
     """How the work is cut. ``warps`` of 32 threads and ``stages`` whose loads are under way at a time are a kernel's own; so is
     ``registers``, the most of a thread's (0: as the compiler likes). With fewer more programs share a processor, which hides
-    the time that loads take: of what the compiler takes unasked it needs little.
+    the time that loads take; on an H200 that helps the walks, x and scores, while output and bc are faster without a cap.
 
     Args:
         chunk: tokens of a chunk, 16 or more and a power of two; the state before each one is kept for the backward.
@@ -153,17 +152,11 @@ def _blocks(n_heads: int, n_groups: int, most: int) -> tuple[int, int]:
     return n_heads // heads, heads
 
 
-@lru_cache
-def _takes_caps(device: torch.device) -> bool:
-    """Whether capping registers helps: elsewhere than on Hopper and later many spill, and AMD's compiler knows no cap."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def _launch(tiles: Tiles, kernel: str, device: torch.device) -> dict[str, int]:
     """Warps, stages and registers of a kernel."""
     words = {"num_warps": getattr(tiles, f"{kernel}_warps"), "num_stages": getattr(tiles, f"{kernel}_stages")}
     registers = getattr(tiles, f"{kernel}_registers")
-    return words | ({"maxnreg": registers} if registers and _takes_caps(device) else {})
+    return words | ({"maxnreg": registers} if registers and takes_register_caps(device) else {})
 
 
 def _walk(tiles: Tiles, xbc: Tensor, n_heads: int, n_groups: int, headdim: int) -> tuple[int, dict[str, int]]:
