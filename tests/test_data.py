@@ -208,7 +208,7 @@ def test_validation_text_in_the_same_folder_is_not_trained_on(tmp_path):
             found = list(FilesCorpus(files_spec(str(path), val_path=str(val_path))).documents())
             assert [document.text for document in found if not document.held_out] == train
             assert [document.text for document in found if document.held_out] == val
-    with pytest.raises(UserError, match=r"names no text but that of data\\.val_path"):
+    with pytest.raises(UserError, match=r"names no text but that of data\.val_path"):
         FilesCorpus(files_spec(str(folder / "v.txt"), val_path=str(folder / "v.txt")))
 
 
