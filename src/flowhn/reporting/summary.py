@@ -108,19 +108,28 @@ def _ratio(value: float) -> str:
 def _verdict_lines(records: Sequence[RunRecord], size: str, experiments: Path) -> list[str]:
     days = day_spreads(experiments)
     frame = verdicts(records, size=size, days=days)
-    lines = [f"| claim of the paper | ours | {INTERVAL} | without BoolQ, 95 % | verdict |", "|---|---|---|---|---|"]
+    lines = [
+        f"| claim of the paper | printed | ours | {INTERVAL} | without BoolQ, 95 % | verdict |",
+        "|---|---|---|---|---|---|",
+    ]
+    slips = {cell for cell, column in table1(records, size=size).attrs["slip_cells"] if column == "paper_average"}
     for row in frame.to_dict("records"):
         against = "" if pd.isna(row["second"]) else f" ({long_name(row['second'])})"
         if row["verdict"] == "not testable":
-            lines.append(f"| {row['sentence']}{against} | {DASH} | {DASH} | {DASH} | not testable |")
+            lines.append(f"| {row['sentence']}{against} | {DASH} | {DASH} | {DASH} | {DASH} | not testable |")
             continue
-        form = "{:+.2f}".format if row["quantity"] == "average" else _ratio
+        points = row["quantity"] == "average"
+        form = "{:+.2f}".format if points else _ratio
         ours, low, high = (form(row[key]) for key in ("difference", "low", "high"))
+        printed = DASH if pd.isna(row["printed"]) else form(row["printed"])
+        printed += SLIP if points and slips & {row["first"], row["second"]} else ""
         holds = {"yes": "holds", "no": "does not hold", "partly": "partly", "undecided": "open"}.get(
             row["holds"], row["holds"]
         )
         rest = "" if pd.isna(row["rest"]) else f"{row['rest_low']:+.2f} to {row['rest_high']:+.2f}"
-        lines.append(f"| {row['sentence']}{against} | {ours} | {low} to {high} | {rest} | {row['verdict']}: {holds} |")
+        lines.append(
+            f"| {row['sentence']}{against} | {printed} | {ours} | {low} to {high} | {rest} | {row['verdict']}: {holds} |"
+        )
     newer = _newer_speeds(records, size, experiments, frame)
     return [*lines, "", *_caution(records, size), *_speed_caution(records, days), *newer]
 

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The fastest of eighteen tried on an H200 at (64, 457, 4352) and (128, 447, 1536): scripts/bench_conv.py
+# Of eighteen tried on an H200 at (64, 457, 4352) and (128, 447, 1536) the fastest; the backward of the second shape alone is
+# 5 % faster with segments of 32: scripts/bench_conv.py
 FORWARD_SEGMENT, BACKWARD_SEGMENT, BLOCK_E, WARPS = 64, 128, 256, 2  # tokens, tokens, channels of a program
 
 
