@@ -6,7 +6,8 @@
 #   bash scripts/gpu_session.sh packages        call 1, carrying build/site.tar.xz and build/mamba.tar.xz; tries what no GPU has run yet
 #   bash scripts/gpu_session.sh time 570        call 2, carrying build/conv.tar.xz: figure 4 and other cases (speed_session.sh)
 #   bash scripts/gpu_session.sh time 400        call 3: goes on
-#   bash scripts/gpu_session.sh train 400       call 4, carrying .data: GPU tests while the data are prepared, then training (accuracy_session.sh)
+#   bash scripts/gpu_session.sh train 400       call 4, carrying .data: GPU tests while the data are prepared, then training (accuracy_session.sh);
+#                                               train 400 only: no tests
 # Two GPUs: models are trained on GPU 0, then other cases than figure 4 are timed there and GPU tests run at the end; figure 4 is timed on GPU 1.
 #   bash scripts/gpu_session.sh packages        call 1, as above
 #   bash scripts/gpu_session.sh go 560          call 2, carrying .data (and build/frozen.tar.xz where FROZEN is set, see speed_session.sh)
@@ -72,12 +73,15 @@ train() {
 }
 if [ "$phase" = train ]; then
   # Tests compile on all cores and would slow what is trained: training begins when they are through.
-  mkdir -p "$accuracy" && touch "$accuracy/hold"
+  mkdir -p "$accuracy"
+  [ "$also" = only ] || touch "$accuracy/hold"
   SECONDS_ALL=$((limit - 15)) WAIT=$((limit - 25)) HOLD=$accuracy/hold train &
-  OUT="$kept" TEST_SECONDS=$((limit / 2)) bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
-  rm -f "$accuracy/hold"
-  echo "$(date +%T) tests are through, $(left) s left"
-  grep -E "^==|passed|failed|^FAILED" "$kept/tests.out" | tail -n 70
+  if [ "$also" != only ]; then
+    OUT="$kept" TEST_SECONDS=$((limit / 2)) bash scripts/device_session.sh tests </dev/null >"$kept/tests.out" 2>&1
+    rm -f "$accuracy/hold"
+    echo "$(date +%T) tests are through, $(left) s left"
+    grep -E "^==|passed|failed|^FAILED" "$kept/tests.out" | tail -n 70
+  fi
   wait
   tail -n 40 "$kept/accuracy.log"
   cp "$kept"/{accuracy.tgz,gpu.json,tests.log} "$out"
