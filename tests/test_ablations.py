@@ -96,7 +96,8 @@ def test_every_ablation_has_a_yaml_with_three_budgets_and_a_question():
         assert {"smoke", "laptop", "gpu"} <= set(artefact.budgets)
 
 
-@pytest.mark.parametrize("budget", ["laptop", pytest.param("gpu", marks=pytest.mark.slow)])
+@pytest.mark.slow  # .ci/run runs it
+@pytest.mark.parametrize("budget", ["laptop", "gpu"])
 def test_the_cells_of_an_ablation_are_different_runs_and_shared_ones_are_the_same(budget):
     runs = {}
     for name in TRAINED:

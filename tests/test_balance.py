@@ -56,6 +56,7 @@ def test_without_a_measurement_the_split_says_so():
         build_model(to_dict(compose("train", ["size=tiny", "split.balance=speed"])))
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_run_measures_once_and_its_record_and_weights_know_the_cut(tmp_path, capsys):
     words = ["split.balance=time", "budget=1024", "val_points=1", "val_rows=2", "eval=none"]
     words += [f"output_dir={tmp_path}", f"cache_dir={tmp_path}/cache"]

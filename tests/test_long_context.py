@@ -191,6 +191,7 @@ def test_a_model_with_a_memory_is_right_and_one_without_is_not(evaluator, tokeni
         assert poor[task]["exact_match"] < 0.3
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_models_run_beyond_the_length_they_were_trained_at(evaluator, tokenizer):
     for cell in ("mamba1", "mamba2", "shm", "flowhn"):
         net = build_model(compose("train", [f"model={cell}", "size=tiny", f"vocab_size={VOCAB}", "seq_len=64"])).eval()

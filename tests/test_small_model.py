@@ -72,6 +72,7 @@ def test_generate_says_what_the_readme_tells(capsys):
     assert capsys.readouterr().out == CHECK["prompt"] + CHECK["continuation"] + "\n"
 
 
+@pytest.mark.slow  # .ci/run runs it
 @pytest.mark.skipif(
     platform.python_version() != RECORD.versions["python"], reason="another Python has other documentation"
 )

@@ -159,6 +159,7 @@ def test_the_artefact_sends_tables_figures_and_its_folder(tracked):
     assert {"table.md", "table.csv", "figure4.png", "loss.png", "records/llama-s0.json"} <= set(names)
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_timed_artefact_sends_its_table_figure_and_records(calls):
     (run,) = runs_of(calls[1] / "timed").values()
     assert (run["run"].job_type, run["run"].run_group, run["exit_code"]) == ("artefact", "figure4", 0)
@@ -171,6 +172,7 @@ def test_a_timed_artefact_sends_its_table_figure_and_records(calls):
     assert any(name.startswith("records/llama-tiny-") for name in names)
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_a_run_that_dies_is_told_as_failed(calls):
     done, folder = calls
     (run,) = runs_of(folder / "failed").values()
