@@ -59,6 +59,7 @@ step 'sizes=[350m]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama,shm,mamba2]' pre
 step 'sizes=[135m]' 'models=[shm,jamba,mamba1,hymba,flowhn_no,flowhn_ae,flowhn_fa]' prepare=2
 step 'sizes=[1b]' 'models=[jamba,hymba,mamba1]'
 step 'sizes=[350m]' 'models=[jamba,hymba,mamba1]'
+step 'sizes=[350m,1b]' 'models=[flowhn_no,flowhn_ae,flowhn_fa]'
 # transformers' Mamba needs both packages for its fast path; without it the comparison would be unfair. Its Mamba-2 tries out the tiles of
 # mamba_ssm's kernels for two minutes before its first step: not prepared beside others, and never longer than MOST.
 if [ "${SKIP:-}" != bench= ] && need_packages mamba_ssm causal_conv1d; then
@@ -68,9 +69,7 @@ fi
 step bench=residual 'sizes=[1b]' 'models=[fac_mamba2_bf16_residual,flowhn_fac_mamba2]' batch=128
 step bench=balance 'sizes=[1b]' 'models=[fac_mamba2_64]' batch=128
 step bench=search 'sizes=[135m]'
-step 'sizes=[350m,1b]' 'models=[flowhn_no,flowhn_ae,flowhn_fa]'
 step "repeat=$((${REPEAT:-0} + 1))" 'sizes=[135m,1b]' 'models=[flowhn_fac,flowhn_fac_mamba2,llama]'
-step 'sizes=[350m]' 'models=[flowhn_fac_mamba2,flowhn_fac]'
 step bench=balance 'models=[fac_flops,fac_time,fac_03,fac_05,fac_07]'
 step bench=length prepare=4
 step bench=overlap 'sizes=[135m]' batch=128 profile=true
