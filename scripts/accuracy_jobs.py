@@ -56,7 +56,6 @@ VARIANTS = (  # what may reach the goal, and what its parts do alone
     "fac_keys",
 )
 LATER_VARIANTS = (  # after the long contexts: they fell short, or only make a row faster
-    "flowhn_no_lr",
     "fac_thin",
     "fac_keys_rope_window",
     "fac_rope_thin",

@@ -213,7 +213,7 @@ def test_the_planned_session_follows_its_worth(tmp_path):
         "long-flowhn_fac-s1", "long-shm-s1", "seed-flowhn_no-s1", "long-flowhn_no-s1", "seed-llama-s1", "long-llama-s1",
         "seed-mamba2-s1", "long-mamba2-s1",
     ]  # fmt: skip
-    assert names[24:26] == ["variant-flowhn_no_lr-s0", "variant-fac_thin-s0"]
+    assert names[24:26] == ["variant-fac_thin-s0", "variant-fac_keys_rope_window-s0"]
     assert [job.kind for job in jobs[-3:]] == ["probe"] * 3
     without = accuracy_jobs.plan_jobs(args.tokens, 1, "seed,variant", committed={("flowhn_no", 1)})
     assert "seed-flowhn_no-s1" not in {job.name for job in without}

@@ -66,7 +66,6 @@ _LOOKS = {
     "fac_keys_rope_conv_gated_bf16": Look("FAC, all keys, RoPE, conv, gated fusion, residual in bf16", _GREY, "X", "-"),
     "flowhn_no_conv": Look("No_Split, conv", _RED, "h", (0, (1, 1))),
     "flowhn_no_sum": Look("No_Split, sum fusion", _RED, "p", (0, (4, 1.5))),
-    "flowhn_no_lr": Look("No_Split, another learning rate", _RED, "8", "-"),
     "fac_bf16_residual": Look("FAC, residual in bf16", _GREY, "8", (0, (4, 1.5))),
     "fac_ratio": Look("FAC, 0.59 to attention", _GREY, "d", (0, (1, 1))),
 }
