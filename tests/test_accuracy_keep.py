@@ -110,6 +110,7 @@ def test_what_comes_home_is_sorted_and_the_rates_are_written(tmp_path):
     assert table1["cells"] == yaml.safe_load((ROOT / "configs/artefacts/table1.yaml").read_text())["cells"]
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_tables_are_drawn_after_a_second_session_of_seeds_and_variants(tmp_path):
     """As scripts/refresh_experiments.py draws them."""
     first_session(tmp_path)
@@ -210,6 +211,7 @@ def source_packages(folder: Path, *names: str) -> subprocess.CompletedProcess[st
     return subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_packages_that_come_in_several_calls_are_each_unpacked(carried):
     assert source_packages(carried, "founded", "mamba_ssm").stdout == "fine\n"  # on a CPU without mamba_ssm
     pack_module(carried, "mamba", "later")

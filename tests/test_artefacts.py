@@ -87,6 +87,7 @@ def test_every_committed_table_says_what_made_it():
     assert tables == {path.parent for path in COMMANDS}
 
 
+@pytest.mark.slow  # .ci/run runs it
 @pytest.mark.parametrize("path", COMMANDS, ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_a_committed_command_plans(path):
     """With placeholders (TEXT, VALID, EVAL) the plan reads no file either."""

@@ -44,6 +44,7 @@ def fake(cell: str, tps: float, size: str = "135m", **changes) -> dict:
     return record | changes
 
 
+@pytest.mark.slow  # .ci/run runs it
 @pytest.mark.parametrize("case", groups()["bench"])
 def test_every_benchmark_plans_its_cells(case):
     config = to_dict(compose("bench", [f"bench={case}", "batch=8"]))

@@ -81,6 +81,7 @@ def test_docs_holds_out_whole_modules(docs):
     assert {row["id"]: row["text"] for row in map(json.loads, lines)} == parts[True]
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_docs_is_the_same_in_another_process(docs, tmp_path):
     code = (
         "import sys, yaml; from pathlib import Path; from flowhn.data import prepare;"

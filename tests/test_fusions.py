@@ -415,6 +415,7 @@ def two_ranks(rank: int, address: str, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_the_rms_is_that_of_all_ranks(tmp_path):
     import torch.multiprocessing as mp
 

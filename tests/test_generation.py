@@ -322,6 +322,7 @@ def test_bad_input_is_said(tmp_path, words, named):
         generate._main([str(run), *words])
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_the_cost_table_has_all_ten(tmp_path, capsys):
     out, _ = said(capsys, "--cost", write_run(tmp_path / "run", "flowhn_fac"), "--window", "32")
     rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("|")][2:]

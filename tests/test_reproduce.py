@@ -83,6 +83,7 @@ def test_another_selection_keeps_the_other_rows(two_models, home):
     assert "models=" not in (two_models / "command.txt").read_text(), "one model would not make this table"
 
 
+@pytest.mark.slow  # .ci/run runs it
 def test_keep_copies_the_result_and_loses_no_record(two_models, home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["table1", "models=[llama]", *SMALL, *home, "--keep"]
