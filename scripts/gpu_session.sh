@@ -25,7 +25,7 @@ begun=$(date +%s) phase=${1:?packages, time, train or go} limit=${2:-0} also=${3
 out=${OUT:-outputs} site=${SITE:-/tmp/site} kept=${KEPT:-/tmp/kept} accuracy=/tmp/accuracy
 mkdir -p "$out" "$kept"
 # What may close half of FAC_Split's gap at 90 % of its speed, two seeds of it, and what it is made of.
-variants=fac_keys_rope_conv_gated_bf16,fac_keys_rope_conv_gated_bf16:1,fac_keys_rope_conv_gated,fac_bf16_residual,fac_keys_rope_conv_sum
+variants=fac_keys_rope_conv_gated_bf16,fac_keys_rope_conv_gated_bf16:1,fac_window,fac_keys_rope_conv_gated,fac_bf16_residual,fac_keys_rope_conv_sum
 left() { echo $((limit - ($(date +%s) - begun))); }
 
 if [ "$phase" = packages ]; then
