@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from flowhn.errors import UserError
 from flowhn.models import kernels
-from flowhn.models.mixers import Attention, Mamba1, Mamba2, attention, mamba1, mamba2
+from flowhn.models.mixers import Attention, Mamba1, Mamba2, attention, mamba1, mamba2, scan_triton
 from flowhn.models.mixers.scan import scan_backward, scan_forward
 from flowhn.models.mixers.ssd import ssd_scan
 
@@ -282,3 +282,25 @@ def test_kernels_used(monkeypatch):
     full = Attention(d_model=8, n_heads=2, backend="flash_attn")
     assert kernels.kernels_used(nn.ModuleList([windowed, full]), "cuda")["attention"] == "flash_attn+sdpa"
     assert kernels.kernels_used(nn.ModuleList([Mamba1(d_model=8)]), "cpu") == {"ssm": "torch", "attention": None}
+
+
+def test_registers_are_capped_on_hopper_and_later_alone(monkeypatch):
+    asked = kernels.takes_register_caps.__wrapped__  # its answers are cached by device
+    assert not asked(torch.device("cpu"))
+    for capability, hip, wanted in (
+        ((8, 9), None, False),
+        ((9, 0), None, True),
+        ((10, 0), None, True),
+        ((9, 4), "6", False),
+    ):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        assert asked(torch.device("cuda", 0)) is wanted
+    monkeypatch.setattr(scan_triton, "takes_register_caps", lambda device: device.type == "cuda")
+    cut = [int(value) for value in vars(scan_triton.DEFAULT_TILES).values()]
+    assert scan_triton._registers(cut, 8, torch.device("cuda")) == {"maxnreg": cut[8]} != {"maxnreg": 0}
+    assert (
+        scan_triton._registers(cut, 9, torch.device("cuda"))
+        == scan_triton._registers(cut, 8, torch.device("cpu"))
+        == {}
+    )

@@ -27,6 +27,7 @@ _LABELS = {
     "fac_time": "FlowHN FAC_Split, cut by measured time",
     "fac_bf16_residual": "FlowHN FAC_Split, bf16 residual",
     "fac_mamba2_bf16_residual": "FlowHN FAC_Split, Mamba-2 branch, bf16 residual",
+    "fac_mamba2_64": "FlowHN FAC_Split, Mamba-2 branch, cut in multiples of 64",
     "fac_mamba2_triton": "FlowHN FAC_Split, Mamba-2 branch, our Triton kernels",
     "fac_mamba2_mamba_ssm": "FlowHN FAC_Split, Mamba-2 branch, mamba_ssm's kernels",
     **{f"fac_0{n}": f"FlowHN FAC_Split, {n}0 % to attention" for n in range(1, 10)},

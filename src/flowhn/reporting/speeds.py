@@ -133,12 +133,10 @@ def newest_speeds(experiments: Path, device: str, size: str) -> dict[str, Mappin
     if not found:
         return {}
     newest = max(found.values(), key=lambda records: max(str(record.get("created", "")) for record in records))
-    cells = {record["cell"] for record in newest}
-    middle: dict[str, Mapping[str, Any]] = {}
-    for cell in cells:
-        runs_of = sorted((record for record in newest if record["cell"] == cell), key=lambda record: record["tps"])
-        middle[cell] = runs_of[len(runs_of) // 2]
-    return middle
+    by_cell: dict[str, list[Mapping[str, Any]]] = {}
+    for record in sorted(newest, key=lambda record: float(record["tps"])):
+        by_cell.setdefault(record["cell"], []).append(record)
+    return {cell: own[len(own) // 2] for cell, own in by_cell.items()}
 
 
 def _named(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,10 +51,11 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
     ]
     parts += _rates(find_records(experiments / "table1_lr" / setting / "records"), records)
     parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen, depths=_depths(experiments))]
-    parts += lack_lines(_gap(experiments, setting, size, gap))
+    variants = _gap(experiments, setting, size, gap)
+    parts += lack_lines(variants)
     shown = {f"loss_vs_{axis.lower()}": f"validation loss over training {axis}" for axis in ("time", "FLOPs")}
     parts += _pictures(experiments, "table1", setting, shown)
-    parts += _beyond(_gap(experiments, setting, size, gap), experiments, setting, gap)
+    parts += _beyond(variants, experiments, setting, gap)
     if (experiments / "long_context" / setting / "long_context.png").is_file():
         parts += [
             f"Beyond the trained length: [experiments/long_context](experiments/long_context/{setting}/table.md)."
