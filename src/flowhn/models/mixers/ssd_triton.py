@@ -233,7 +233,8 @@ def ssd_backward(
     d_dt: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of xbc, A, D and dt_bias; that of dt, (B, T, H) with adjacent heads, is written into ``d_dt``."""
-    from flowhn.models.mixers import ssd_triton_kernels as kernels  # needs Triton
+    from flowhn.models.mixers import ssd_triton_backward_kernels as kernels  # needs Triton
+    from flowhn.models.mixers.ssd_triton_kernels import ssd_carry_kernel
 
     cut = Tiles(*tiles)
     n_heads, headdim = _sizes(xbc, A, n_groups, d_state)
@@ -245,7 +246,7 @@ def ssd_backward(
     constants = _constants(xbc, headdim, d_state, cut.chunk)
     d_states = torch.empty_like(states)
     n_walks, walk = _walk(cut, xbc, n_heads, n_groups, headdim)
-    kernels.ssd_carry_kernel[(n_walks,)](dy, xbc, paces, d_states, *sizes, *strides, **walk, **constants)
+    ssd_carry_kernel[(n_walks,)](dy, xbc, paces, d_states, *sizes, *strides, **walk, **constants)
     d_xbc = xbc.new_empty(xbc.shape)
     n_blocks, heads = _blocks(n_heads, n_groups, cut.x_heads)
     kernels.ssd_backward_x_kernel[(n_batch * n_chunks * n_blocks,)](
