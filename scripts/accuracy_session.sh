@@ -36,7 +36,7 @@ mkdir -p "$work"
 source scripts/gpu_packages.sh
 
 if [ ! -f "$work/daemon.pid" ]; then
-  need_packages hydra datasets lm_eval mamba_ssm || exit 2
+  need_packages hydra datasets lm_eval || exit 2  # scans are ours: kernels=auto takes Triton before mamba_ssm
   # A copy, so that the next call's fresh working tree changes nothing under a running daemon.
   mkdir -p "$work/code/experiments" "$work/data"
   cp -r src configs scripts pyproject.toml "$work/code/" || exit 3

@@ -3,14 +3,16 @@
 #   bash scripts/gpu_archives.sh WHEELS DATA
 # WHEELS: a folder with mamba_ssm's and causal_conv1d's wheels for that machine -> build/{mamba,conv}.tar.xz
 # DATA: a folder with text/train-00.txt.xz, train-01.txt.xz, valid.txt.xz and eval/*.jsonl.gz -> .data
+#       and train-02.txt.xz, train-03.txt.xz -> .more, for the longer runs
 # build/site.tar.xz: hydra, datasets, lm-eval and what that machine lacks of their needs; lm-eval without its largest folders of tasks, because
 # a call carries 64 MiB with the checkout.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 wheels=${1:?a folder with wheels of mamba_ssm and causal_conv1d} data=${2:?a folder with text/ and eval/}
 work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-mkdir -p build .data/text .data/eval "$work/wheels" "$work/site"
+mkdir -p build .data/text .data/eval .more "$work/wheels" "$work/site"
 cp "$data"/text/train-0[01].txt.xz .data/text/
+cp "$data"/text/train-0[23].txt.xz .more/
 cp "$data/text/valid.txt.xz" .data/
 cp "$data"/eval/*.jsonl.gz .data/eval/
 platforms=(manylinux_2_28_x86_64 manylinux_2_27_x86_64 manylinux_2_17_x86_64 manylinux2014_x86_64)
@@ -30,4 +32,4 @@ pack site "$work"/wheels/*.whl
 pack mamba "$wheels"/mamba_ssm-*.whl
 pack conv "$wheels"/causal_conv1d-*.whl
 ls -l build/*.tar.xz
-du -sh .data
+du -sh .data .more

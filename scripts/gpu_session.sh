@@ -8,6 +8,13 @@
 #   bash scripts/gpu_session.sh time 400        call 3: goes on
 #   bash scripts/gpu_session.sh train 400       call 4, carrying .data: GPU tests while the data are prepared, then training (accuracy_session.sh);
 #                                               train 400 only: no tests
+# or, where training is what the session is for (nothing is timed):
+#   bash scripts/gpu_session.sh more            call 1, carrying build/site.tar.xz and .more/*.txt.xz: more parts of the training text
+#   bash scripts/gpu_session.sh tables 590      call 2, carrying .data: variants on the text of .data; then on all of it the ten models of Table 1,
+#                                               LONGER_TOKENS=60000000 each, of which no run begins that would end later than LONGER_SECONDS=1500
+#                                               from this call's begin
+#   bash scripts/gpu_session.sh tables 590      calls 3 and 4: go on. The tables go on between calls, too
+#   bash scripts/gpu_session.sh probe 200       No_Split once more on as many tokens, at the learning rate in PROBE=flowhn_no_1e-3 (table1_lr)
 # Two GPUs: models are trained on GPU 0, then other cases than figure 4 are timed there and GPU tests run at the end; figure 4 is timed on GPU 1.
 #   bash scripts/gpu_session.sh packages        call 1, as above
 #   bash scripts/gpu_session.sh go 560          call 2, carrying .data (and build/frozen.tar.xz where FROZEN is set, see speed_session.sh)
@@ -17,15 +24,15 @@
 # its tests would run beside the training that an earlier one began.
 # On a fresh machine after a lost one, the first calls again: ACCURACY_RECORDS=accuracy.tgz, BENCH_RECORDS=bench.tgz and BENCH0_RECORDS=bench0.tgz,
 # carried, go on from what came home.
-# $OUT gets packages.log (settings of kernels, timed), accuracy.tgz (accuracy_session.py keep), bench.tgz and bench0.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
+# $OUT gets longer.tgz (what accuracy.tgz is for the longer runs: keep --setting 135m-files-60M), packages.log (settings of kernels, timed), accuracy.tgz (accuracy_session.py keep), bench.tgz and bench0.tgz (experiments/figure4, experiments/bench), gpu.json and tests.log. A gpu.json
 # beside a group of tests that ended with 124 (out of time) lacks that group's comparisons and is not to be committed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-begun=$(date +%s) phase=${1:?packages, time, train or go} limit=${2:-0} also=${3:-}
+begun=$(date +%s) phase=${1:?packages, time, train, more, tables, probe or go} limit=${2:-0} also=${3:-}
 out=${OUT:-outputs} site=${SITE:-/tmp/site} kept=${KEPT:-/tmp/kept} accuracy=/tmp/accuracy
 mkdir -p "$out" "$kept"
-# What may close half of FAC_Split's gap at 90 % of its speed, two seeds of it, and what it is made of.
-variants=fac_keys_rope_conv_gated_bf16,fac_keys_rope_conv_gated_bf16:1,fac_window,fac_keys_rope_conv_gated,fac_bf16_residual,fac_keys_rope_conv_sum
+# What may close half of FAC_Split's gap at 90 % of its speed, two seeds of it, and what was not tried yet.
+variants=fac_keys_rope_conv_gated_bf16,fac_keys_rope_conv_gated_bf16:1,fac_window
 left() { echo $((limit - ($(date +%s) - begun))); }
 
 if [ "$phase" = packages ]; then
@@ -57,8 +64,16 @@ if [ "$phase" = packages ]; then
   } | tee "$out/packages.log"
   exit
 fi
+if [ "$phase" = more ]; then
+  # shellcheck source=scripts/gpu_packages.sh
+  source scripts/gpu_packages.sh
+  nvidia-smi -L
+  mkdir -p /tmp/more && cp .more/*.txt.xz /tmp/more && ls -l /tmp/more
+  need_packages hydra datasets lm_eval
+  exit
+fi
 [ "$limit" -ge 60 ] || { echo "say how many seconds this call may take, 60 or more: gpu_session.sh go 560" >&2; exit 2; }
-case $phase in go | time | train) ;; *) echo "no phase $phase: packages, time, train or go" >&2; exit 2 ;; esac
+case $phase in go | time | train | tables | probe) ;; *) echo "no phase $phase: packages, time, train, more, tables, probe or go" >&2; exit 2 ;; esac
 if [ "$phase" = time ]; then
   WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} OUT="$kept" bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
   code=$?
@@ -87,6 +102,40 @@ if [ "$phase" = train ]; then
   cp "$kept"/{accuracy.tgz,gpu.json,tests.log} "$out"
   exit
 fi
+longer=/tmp/longer half=$(($(nproc) / 2))
+if [ "$phase" = tables ]; then
+  # The longer runs' data are prepared on cores of their own while the variants are trained, and nothing of them is compiled: that would use the GPU.
+  if [ ! -e "$longer/daemon.pid" ]; then
+    mkdir -p "$longer" "$longer-data" "$kept/longer"
+    cp -r "${DATA:-.data}/." "$longer-data" && cp /tmp/more/*.txt.xz "$longer-data/text" || exit 3
+    touch "$longer/hold"
+  fi
+  export -f train; export accuracy kept variants
+  SECONDS_ALL=${SECONDS_ALL:-570} WAIT=$((limit - 25)) taskset -c "0-$((half - 1))" bash -c train </dev/null &
+  WORK=$longer DATA=$longer-data CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept/longer" HOLD=$longer/hold WAIT=$((limit - 20)) SECONDS_ALL=${LONGER_SECONDS:-1500} \
+    RAYON_NUM_THREADS=$half SESSION_WORDS="--tokens ${LONGER_TOKENS:-60000000} --kinds table,seed --no-warm ${LONGER_WORDS:-}" \
+    taskset -c "$half-$(($(nproc) - 1))" bash scripts/accuracy_session.sh </dev/null >"$kept/longer.log" 2>&1 &
+  while [ -e "$longer/hold" ] && [ "$(left)" -gt 30 ]; do
+    sleep 0.5
+    if [ -e "$accuracy/finished" ] || { [ -s "$accuracy/daemon.pid" ] && ! kill -0 "$(cat "$accuracy/daemon.pid")" 2>/dev/null; }; then
+      taskset -acp "0-$(($(nproc) - 1))" "$(cat "$longer/daemon.pid")" >/dev/null
+      rm -f "$longer/hold"
+    fi
+  done
+  wait
+  tail -n 30 "$kept/accuracy.log"; tail -n 40 "$kept/longer.log"
+  cp "$kept/accuracy.tgz" "$out"; cp "$kept/longer/accuracy.tgz" "$out/longer.tgz"
+  echo "$(date +%T) $(left) s left of this call"
+  exit
+fi
+if [ "$phase" = probe ]; then
+  export PYTHONPATH=$longer/code/src:$site HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TORCHINDUCTOR_CACHE_DIR=/tmp/inductor TRITON_CACHE_DIR=/tmp/triton
+  cd "$longer/code" || exit 3
+  timeout $((limit - 15)) "${PYTHON:-python3}" -m flowhn.reproduce table1_lr "models=[${PROBE:-flowhn_no_1e-3}]" "size=${SIZE:-135m}" "budget=${LONGER_TOKENS:-60000000}" data=files \
+    "data.path=$longer/data/text" "data.val_path=$longer/data/valid.txt.xz" "output_dir=$longer" "cache_dir=$longer/cache" logger=none 2>&1 | tail -n 30
+  PYTHONPATH=$longer/code/src:$site "${PYTHON:-python3}" scripts/accuracy_session.py pack --work "$longer" --out "$out/longer.tgz" --commit "${COMMIT:-}"
+  exit
+fi
 train
 sleep 5
 if [ ! -e "$accuracy/finished" ] && ! kill -0 "$(cat "$accuracy/daemon.pid" 2>/dev/null)" 2>/dev/null; then
@@ -95,7 +144,6 @@ if [ ! -e "$accuracy/finished" ] && ! kill -0 "$(cat "$accuracy/daemon.pid" 2>/d
   rm -f "$accuracy/daemon.pid"
   train
 fi
-half=$(($(nproc) / 2))
 # Figure 4 is GPU 1's; what it is no part of (bench= in the list) is GPU 0's when training is over, or GPU 1's when it is through.
 other_cases() {  # on which GPU
   OUT="$kept/0" ONLY=bench= WORK=/tmp/bench0 RECORDS=${BENCH0_RECORDS:-} CUDA_VISIBLE_DEVICES=$1 \

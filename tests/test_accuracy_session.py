@@ -134,7 +134,7 @@ def test_learning_rates_come_first_then_each_job_goes_to_one_gpu(session):
 def test_what_no_longer_fits_is_left_out_and_a_measured_pace_counts(tmp_path):
     session = accuracy_jobs.Session(options(tmp_path, kinds="table,seed", tokens=30_000_000))
     hymba = session.jobs[0]
-    session.args.seconds = hymba.seconds() - 10
+    session.args.seconds = hymba.seconds() - 1
     assert session.next_job().cell == "mamba1"
     for job in session.jobs[1:4]:
         session.finish(job, 0.5 * job.seconds())
