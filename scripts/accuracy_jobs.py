@@ -113,6 +113,8 @@ def plan_jobs(
     long_seed: int = 0,
     committed: Collection[tuple[str, int]] = (),
     variants: Collection[str] = (),
+    rows: Sequence[str] = (),
+    tries: Collection[str] = (),
 ) -> list[Job]:
     """All jobs, what matters most first.
 
@@ -129,9 +131,11 @@ def plan_jobs(
         committed: cells and seeds that need no second seed, because their records are there already.
         variants: rows of ``beyond`` as ``cell`` or ``cell:seed``, ahead of all but their rates; where none is named all of them, in
             their place.
+        rows: the models of Table 1 that are trained, in this order and ahead of the variants; where none is named all ten.
+        tries: rows of ``table1_lr`` that are tried; where none is named those that ``kinds`` names.
 
     Raises:
-        UserError: a variant that ``beyond`` has not.
+        UserError: a variant that ``beyond`` has not, or a row or rate that is none.
     """
     from flowhn.artefacts import load_artefact
     from flowhn.errors import UserError
@@ -141,8 +145,11 @@ def plan_jobs(
         Job("probe" if cell in PROBES else "lr", "table1_lr", cell, 0, lr_tokens)
         for cell in load_artefact("table1_lr").cells
     ]
-    rates = [job for job in rates if job.kind in wanted]
-    table = [Job("table", "table1", cell, 0, tokens) for cell in LONGEST_FIRST if "table" in wanted]
+    for key, names, known in (("rows", rows, LONGEST_FIRST), ("tries", tries, [job.cell for job in rates])):
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"--{key}={unknown[0]} is not one of {', '.join(known)}")
+    rates = [job for job in rates if (job.cell in tries if tries else job.kind in wanted)]
+    table = [Job("table", "table1", cell, 0, tokens) for cell in rows or LONGEST_FIRST if "table" in wanted]
     more = [(cell, int(seed)) for cell, _, seed in (one.partition(":") for one in extra)]
     asked = [(cell, long_seed) for cell in LONG_MODELS if "long" in wanted]
     seconds = [(cell, 1) for cell in SECOND_SEEDS if "seed" in wanted and (cell, 1) not in committed]
@@ -168,6 +175,7 @@ def plan_jobs(
     if named:  # what was asked for by name is what the session is for; its speeds stand beside FAC_Split's
         ahead = [job for job in [*table, *seeds] if (job.cell, job.seed) == (BASE, 0)]
         ahead += [Job("variant", "beyond", cell, int(seed), tokens) for cell, seed in named if "variant" in wanted]
+    ahead = [*table, *ahead] if rows else ahead
     order = [*(rates if table else []), *ahead, *table, *seeds, *first, *long, *later, *late]
     return list(dict.fromkeys(order))
 
@@ -185,7 +193,7 @@ def planned(args: argparse.Namespace) -> list[Job]:
     return plan_jobs(
         args.tokens, args.lr_tokens, args.kinds, extra=args.extra, long_seed=args.long_seed,
         committed=() if "table" in args.kinds.split(",") else committed_rows(args.size, args.tokens),
-        variants=[name for name in getattr(args, "variants", "").split(",") if name],
+        **{key: [name for name in getattr(args, key, "").split(",") if name] for key in ("variants", "rows", "tries")},
     )  # fmt: skip
 
 
@@ -272,7 +280,8 @@ class Session:
         return plan(compose("train", last_wins([*artefact.overrides, *own, *words, *names])))
 
     def lr_records(self) -> list[Any]:
-        """This session's, and where it has some, the committed ones of the same data, size and tokens."""
+        """This session's, and where it has some, the committed ones of the same data, size and tokens, Table 1's rows among them."""
+        from flowhn.reporting.rates import with_table_rows
         from flowhn.reporting.record import find_records
 
         runs = find_records(self.work / "runs", skip_broken=True)
@@ -284,8 +293,9 @@ class Session:
             return record.size, record.tokens, record.data.get("sha256")
 
         cells = {record.cell for record in own}
-        kept = find_records(COMMITTED)
-        return own + [record for record in kept if record.cell not in cells and kind(record) == kind(own[0])]
+        kept = [record for record in find_records(COMMITTED) if kind(record) == kind(own[0])]
+        tried = own + [record for record in kept if record.cell not in cells]
+        return with_table_rows(tried, find_records(COMMITTED.parent / "table1"))
 
     def rate(self, job: Job) -> float | None:
         """The learning rate of a job; None where the size's own holds.
@@ -293,16 +303,14 @@ class Session:
         Rates tried in this session serve it only where it trains the ten models: seeds and variants stand in one table with
         records of an earlier session, and have to be trained as those were.
         """
-        from flowhn.artefacts import load_artefact
+        from flowhn.artefacts import load_artefact, rates_for
         from flowhn.reporting.rates import chosen_rates
 
         if not self._tuned and "table" in self.kinds:
             self._tuned = chosen_rates(self.lr_records())
         own = job.cell if job.cell == "flowhn_no" else ""  # where it was tried itself
         model = "flowhn" if job.cell.startswith(("flowhn", "fac")) else job.cell
-        committed = load_artefact(job.artefact).lr.get(self.args.size, {})  # of an earlier session
-        if job.tokens > committed.get("max_tokens", 0):
-            committed = {}
+        committed = rates_for(load_artefact(job.artefact), self.args.size, job.tokens)  # of an earlier session
         for rates in (self._tuned, committed):
             if model in rates:
                 return rates.get(own, rates[model])

@@ -71,13 +71,18 @@ def keep(args: argparse.Namespace) -> None:
         about = _about(args, Path(folder) / ABOUT)
     into, trains = Path(args.into), "table" in about["kinds"]
     cells = {name: load_artefact(name).cells for name in ("table1", "table1_lr", "beyond")}
-    before = {name: find_records(into / name / args.setting / "records") for name in cells}
+    rates = [record for record in records if record.cell in cells["table1_lr"]]
+    about["lr_tokens"] = _budget(rates, about["lr_tokens"])
+    # Rates are tried at a budget of their own, and serve tables of several.
+    stem = args.setting.rpartition("-")[0]
+    folders = dict.fromkeys(cells, args.setting) | {"table1_lr": f"{stem}-{_short(about['lr_tokens'])}"}
+    before = {name: find_records(into / name / folders[name] / "records") for name in cells}
 
     def new(name: str) -> list[Any]:
         return [record for record in records if record.cell in cells[name]]
 
     missing = sorted(set(cells["table1"]) - {record.cell for record in new("table1")})
-    if trains and missing and before["table1"]:
+    if trains and missing and before["table1"] and not args.replace:
         trains = False
         sys.stdout.write(f"table1 keeps its rows: this session did not come to {', '.join(missing)}\n")
     # Rows of Table 1 are compared in speed: those of the session that trained all ten stay, and a second measurement of
@@ -94,7 +99,7 @@ def keep(args: argparse.Namespace) -> None:
         for size in {record.size for record in own.values()}:
             pool(own.values(), size)
     for name, own in kept.items():
-        target = into / name / args.setting
+        target = into / name / folders[name]
         for (cell, seed), record in own.items():
             write_record(target / "records" / f"{cell}-s{seed}.json", record)
         sys.stdout.write(f"{name}: {len(new(name))} records of this session, {len(own)} in {target / 'records'}\n")
@@ -146,6 +151,23 @@ def _write_command(folder: Path, name: str, about: dict[str, Any]) -> None:
     if name == "long_context":
         words += [f"seeds=[{about['long_seed']}]"]
     path.write_text(" ".join(map(shlex.quote, words)) + "\n", encoding="utf-8")
+
+
+def _budget(tried: list[Any], tokens: int) -> int:
+    """The tokens at which learning rates were tried; ``tokens`` where none were.
+
+    Raises:
+        UserError: they were tried at several budgets.
+    """
+    from flowhn.errors import UserError
+
+    budgets = sorted({int(record.config.get("tokens", tokens)) for record in tried} or {tokens})
+    if len(budgets) > 1:
+        raise UserError(
+            f"learning rates were tried at {' and '.join(f'{budget:,}' for budget in budgets)} tokens; pack and keep the runs of "
+            "each budget by themselves"
+        )
+    return budgets[0]
 
 
 def _short(tokens: int) -> str:

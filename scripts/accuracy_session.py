@@ -322,6 +322,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--variants", default="", help="rows of beyond, or row:seed, with commas; all, where none is named"
     )
+    parser.add_argument(
+        "--rows",
+        default="",
+        help="models of Table 1 to train, in this order, with commas; all ten, where none is named",
+    )
+    parser.add_argument(
+        "--tries", default="", help="rows of table1_lr to try, with commas; those of --kinds, where none is named"
+    )
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="keep: rows of Table 1 count although others were not trained beside them",
+    )
     parser.add_argument("--long-seed", type=int, default=0, help="the seed of the models asked over long contexts")
     parser.add_argument("--data", default="data")
     parser.add_argument("--valid", default="valid")

@@ -14,6 +14,7 @@
 #                                               LONGER_TOKENS=60000000 each, of which no run begins that would end later than LONGER_SECONDS=1500
 #                                               from this call's begin
 #   bash scripts/gpu_session.sh tables 590      calls 3 and 4: go on. The tables go on between calls, too
+#   bash scripts/gpu_session.sh longer 590      the same without the variants on the text of .data; LONGER_WORDS chooses what is trained
 #   bash scripts/gpu_session.sh probe 200       No_Split once more on as many tokens, at the learning rate in PROBE=flowhn_no_1e-3 (table1_lr)
 # Two GPUs: models are trained on GPU 0, then other cases than figure 4 are timed there and GPU tests run at the end; figure 4 is timed on GPU 1.
 #   bash scripts/gpu_session.sh packages        call 1, as above
@@ -28,7 +29,7 @@
 # beside a group of tests that ended with 124 (out of time) lacks that group's comparisons and is not to be committed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-begun=$(date +%s) phase=${1:?packages, time, train, more, tables, probe or go} limit=${2:-0} also=${3:-}
+begun=$(date +%s) phase=${1:?packages, time, train, more, tables, longer, probe or go} limit=${2:-0} also=${3:-}
 out=${OUT:-outputs} site=${SITE:-/tmp/site} kept=${KEPT:-/tmp/kept} accuracy=/tmp/accuracy
 mkdir -p "$out" "$kept"
 # What may close half of FAC_Split's gap at 90 % of its speed, two seeds of it, and what was not tried yet.
@@ -73,7 +74,7 @@ if [ "$phase" = more ]; then
   exit
 fi
 [ "$limit" -ge 60 ] || { echo "say how many seconds this call may take, 60 or more: gpu_session.sh go 560" >&2; exit 2; }
-case $phase in go | time | train | tables | probe) ;; *) echo "no phase $phase: packages, time, train, more, tables, probe or go" >&2; exit 2 ;; esac
+case $phase in go | time | train | tables | longer | probe) ;; *) echo "no phase $phase: packages, time, train, more, tables, longer, probe or go" >&2; exit 2 ;; esac
 if [ "$phase" = time ]; then
   WORK=/tmp/bench RECORDS=${BENCH_RECORDS:-} OUT="$kept" bash scripts/speed_session.sh $(($(left) - 12)) </dev/null
   code=$?
@@ -103,18 +104,23 @@ if [ "$phase" = train ]; then
   exit
 fi
 longer=/tmp/longer half=$(($(nproc) / 2))
-if [ "$phase" = tables ]; then
+if [ "$phase" = tables ] || [ "$phase" = longer ]; then
+  words="--tokens ${LONGER_TOKENS:-60000000} --kinds table,seed"
   # The longer runs' data are prepared on cores of their own while the variants are trained, and nothing of them is compiled: that would use the GPU.
   if [ ! -e "$longer/daemon.pid" ]; then
     mkdir -p "$longer" "$longer-data" "$kept/longer"
     cp -r "${DATA:-.data}/." "$longer-data" && cp /tmp/more/*.txt.xz "$longer-data/text" || exit 3
-    touch "$longer/hold"
+    [ "$phase" = longer ] || touch "$longer/hold"
   fi
-  export -f train; export accuracy kept variants
-  SECONDS_ALL=${SECONDS_ALL:-570} WAIT=$((limit - 25)) taskset -c "0-$((half - 1))" bash -c train </dev/null &
+  cores=0
+  if [ "$phase" = tables ]; then
+    export -f train; export accuracy kept variants RAYON_NUM_THREADS=$half
+    SECONDS_ALL=${SECONDS_ALL:-570} WAIT=$((limit - 25)) taskset -c "0-$((half - 1))" bash -c train </dev/null &
+    words+=" --no-warm" cores=$half
+  fi
   WORK=$longer DATA=$longer-data CUDA_VISIBLE_DEVICES=0 GPUS=1 OUT="$kept/longer" HOLD=$longer/hold WAIT=$((limit - 20)) SECONDS_ALL=${LONGER_SECONDS:-1500} \
-    RAYON_NUM_THREADS=$half SESSION_WORDS="--tokens ${LONGER_TOKENS:-60000000} --kinds table,seed --no-warm ${LONGER_WORDS:-}" \
-    taskset -c "$half-$(($(nproc) - 1))" bash scripts/accuracy_session.sh </dev/null >"$kept/longer.log" 2>&1 &
+    SESSION_WORDS="$words ${LONGER_WORDS:-}" \
+    taskset -c "$cores-$(($(nproc) - 1))" bash scripts/accuracy_session.sh </dev/null >"$kept/longer.log" 2>&1 &
   while [ -e "$longer/hold" ] && [ "$(left)" -gt 30 ]; do
     sleep 0.5
     if [ -e "$accuracy/finished" ] || { [ -s "$accuracy/daemon.pid" ] && ! kill -0 "$(cat "$accuracy/daemon.pid")" 2>/dev/null; }; then
@@ -123,8 +129,9 @@ if [ "$phase" = tables ]; then
     fi
   done
   wait
-  tail -n 30 "$kept/accuracy.log"; tail -n 40 "$kept/longer.log"
-  cp "$kept/accuracy.tgz" "$out"; cp "$kept/longer/accuracy.tgz" "$out/longer.tgz"
+  [ "$phase" = longer ] || { tail -n 30 "$kept/accuracy.log"; cp "$kept/accuracy.tgz" "$out"; }
+  tail -n 50 "$kept/longer.log"
+  cp "$kept/longer/accuracy.tgz" "$out/longer.tgz"
   echo "$(date +%T) $(left) s left of this call"
   exit
 fi

@@ -34,6 +34,7 @@ from flowhn.reporting.record import find_records, write_record  # noqa: E402
 from flowhn.reporting.summary import accuracy_block  # noqa: E402
 
 SETTING = "135m-files-30M"
+RATES = "135m-files-4M"  # learning rates lie by their own budget
 
 
 def trained(cell: str, seed: int = 0, *, lr: float = 5e-4, day: int = 24, **changes):
@@ -69,8 +70,12 @@ def come_home(tmp_path: Path, records, words=(), results=(), name="one") -> argp
     return args
 
 
+def folder_of(name: str) -> str:
+    return RATES if name == "table1_lr" else SETTING
+
+
 def kept(tmp_path: Path, name: str) -> dict[tuple[str, int], object]:
-    found = find_records(tmp_path / "experiments" / name / SETTING / "records")
+    found = find_records(tmp_path / "experiments" / name / folder_of(name) / "records")
     return {(record.cell, record.seed): record for record in found}
 
 
@@ -117,7 +122,7 @@ def test_tables_are_drawn_after_a_second_session_of_seeds_and_variants(tmp_path)
     assert not (tmp_path / "experiments" / "beyond").exists()
     second_session(tmp_path)
     for name in ("table1", "beyond", "table1_lr"):
-        folder = tmp_path / "experiments" / name / SETTING
+        folder = tmp_path / "experiments" / name / folder_of(name)
         refresh_experiments.redraw(folder, folder)
     gap = load_artefact("beyond").gap
     block = accuracy_block(tmp_path / "experiments", SETTING, gap=gap)
@@ -144,15 +149,31 @@ def test_a_second_measurement_counts_in_beyond_and_the_table_keeps_its_own(tmp_p
     assert kept(tmp_path, "table1")["flowhn_fac", 0].throughput["tps"] == 3000.0  # with all ten beside it
 
 
+def test_rows_trained_anew_replace_theirs_alone_where_that_is_asked(tmp_path):
+    first_session(tmp_path)
+    anew = [trained("flowhn_fac", day=27, lr=1e-3, tps=3000.0)]
+    tried_long = replace(tried("flowhn", 1e-3, 4.0), cell="flowhn_1e-3", config={"lr": 1e-3, "tokens": 30_000_000})
+    come_home(tmp_path, [*anew, tried_long], ["--kinds", "table", "--replace", "--rates", ""], name="two")
+    rows = kept(tmp_path, "table1")
+    assert (rows["flowhn_fac", 0].throughput["tps"], rows["llama", 0].throughput["tps"]) == (3000.0, 1000.0)
+    long = tmp_path / "experiments" / "table1_lr" / "135m-files-30M"
+    assert [path.name for path in (long / "records").iterdir()] == ["flowhn_1e-3-s0.json"]
+    assert "budget=30M" in (long / "command.txt").read_text()
+    assert len(kept(tmp_path, "table1_lr")) == 2
+    short = replace(tried_long, cell="flowhn_2e-3", config={"lr": 2e-3, "tokens": 4_000_000})
+    with pytest.raises(UserError, match="tried at 4,000,000 and 30,000,000 tokens"):
+        come_home(tmp_path, [tried_long, short], name="three")
+
+
 def test_what_comes_home_says_what_plans_it(tmp_path):
     first_session(tmp_path)
     result = {"cell": "flowhn_fac", "seed": 1, "tasks": {}}
     second_session(tmp_path, results=[result])
     for name in ("table1", "table1_lr", "beyond", "long_context"):
-        (line,) = (tmp_path / "experiments" / name / SETTING / "command.txt").read_text().splitlines()
+        (line,) = (tmp_path / "experiments" / name / folder_of(name) / "command.txt").read_text().splitlines()
         program, told, *words = shlex.split(line)
         assert (program, told) == ("./reproduce.sh", name)
-        committed = ROOT / "experiments" / name / SETTING / "command.txt"
+        committed = ROOT / "experiments" / name / folder_of(name) / "command.txt"
         if name.startswith("table1"):
             assert line == committed.read_text().strip()  # which a test of its own plans
             continue

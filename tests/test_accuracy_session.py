@@ -20,9 +20,9 @@ sys.path.insert(0, str(ROOT / "scripts"))
 import accuracy_jobs  # noqa: E402
 import accuracy_session  # noqa: E402
 
-from flowhn.artefacts import load_artefact, plan_cells  # noqa: E402
+from flowhn.artefacts import load_artefact, plan_cells, rates_for  # noqa: E402
 from flowhn.errors import UserError  # noqa: E402
-from flowhn.reporting.rates import FAMILIES, chosen_rates, rate_table  # noqa: E402
+from flowhn.reporting.rates import FAMILIES, chosen_rates, rate_table, with_table_rows  # noqa: E402
 from flowhn.reporting.record import find_records, write_record  # noqa: E402
 
 
@@ -103,6 +103,53 @@ def test_a_split_s_own_rate_wins_over_its_model_s():
     )
     runs = plan_cells(artefact, ["size=tiny", "budget=50000", "models=[flowhn_no,flowhn_fac]"]).wanted
     assert {label: run.config["lr"] for label, run in runs.items()} == {"flowhn_no": 9e-3, "flowhn_fac": 7e-3}
+
+
+def test_rates_go_by_the_length_of_a_run():
+    short, long = {"max_tokens": 60_000, "flowhn": 7e-3}, {"max_tokens": 90_000, "flowhn": 5e-3, "flowhn_no": 6e-3}
+    artefact = replace(load_artefact("table1"), lr={"tiny": [short, long]}, seeds={})
+    assert rates_for(artefact, "tiny", 60_000) == {"flowhn": 7e-3}
+    assert rates_for(artefact, "tiny", 60_001) == {"flowhn": 5e-3, "flowhn_no": 6e-3}
+    assert rates_for(artefact, "tiny", 90_001) == rates_for(artefact, "135m", 1) == {}
+    words = ["size=tiny", "models=[flowhn_no,flowhn_fac]"]
+    got = {
+        budget: [run.config["lr"] for run in plan_cells(artefact, [*words, f"budget={budget}"]).wanted.values()]
+        for budget in (50_000, 80_000)
+    }
+    assert got == {50_000: [7e-3, 7e-3], 80_000: [6e-3, 5e-3]}
+
+
+def test_a_session_of_some_rows_tries_their_rates_first_and_trains_them_before_the_variants(tmp_path):
+    words = [
+        "plan",
+        "--kinds",
+        "table,seed,variant",
+        "--rows",
+        "flowhn_fac,flowhn_no",
+        "--tries",
+        "flowhn_2e-3,flowhn_no_1e-3",
+    ]
+    args = accuracy_session.parse([*words, "--variants", "fac_keys,fac_keys:1"])
+    assert [job.name for job in accuracy_jobs.planned(args)] == [
+        "lr-flowhn_2e-3-s0", "probe-flowhn_no_1e-3-s0", "table-flowhn_fac-s0", "table-flowhn_no-s0", "variant-fac_keys-s0",
+        "variant-fac_keys-s1", "seed-flowhn_fac-s1", "seed-flowhn_no-s1", "seed-shm-s1",
+    ]  # fmt: skip
+    for wrong in (["--rows", "flowhn_none"], ["--tries", "flowhn_3e-3"]):
+        with pytest.raises(UserError, match=f"{wrong[0]}={wrong[1]} is not one of"):
+            accuracy_jobs.planned(accuracy_session.parse([*words, *wrong]))
+
+
+def test_rows_of_table_1_are_rates_tried_where_text_seed_and_tokens_are_the_same():
+    tried_here = [
+        replace(tried("flowhn", 1e-3, 4.2), cell="flowhn_no_1e-3", config={"lr": 1e-3, "choices": {"split": "no"}})
+    ]
+    no = {"lr": 5e-4, "choices": {"split": "no"}}
+    row = replace(tried("flowhn", 5e-4, 4.4), cell="flowhn_no", config=no)
+    others = [replace(row, cell="flowhn_fac"), replace(row, seed=1), replace(row, tokens=row.tokens + 1)]
+    others += [replace(row, data={**row.data, "sha256": "other"}), replace(row, config={**no, "lr": 1e-3})]
+    found = with_table_rows(tried_here, [row, *others])
+    assert [(record.cell, record.config["lr"]) for record in found] == [("flowhn_no_1e-3", 1e-3), ("flowhn_no", 5e-4)]
+    assert chosen_rates(found) == {"flowhn_no": 1e-3}
 
 
 @pytest.mark.slow  # .ci/run runs it
@@ -313,12 +360,16 @@ def test_what_is_compiled_first_is_what_runs_first(tmp_path):
 def test_the_committed_rates_are_those_of_the_committed_rows_and_won_before_them():
     """A rate that is tried later may win; the rows keep theirs until all ten are trained anew."""
     records = find_records(ROOT / "experiments" / "table1_lr")
-    for size, rates in load_artefact("table1").lr.items():
+    table1 = load_artefact("table1")
+    for size in table1.lr:
         rows = [r for r in find_records(ROOT / "experiments" / "table1") if r.size == size]
-        assert all(r.config["lr"] == rates.get(r.cell, rates[r.model]) for r in rows)
+        rates = rates_for(table1, size, rows[0].tokens)
+        for row in rows:
+            own = rates_for(table1, size, row.tokens)
+            assert row.config["lr"] == own.get(row.cell, own[row.model])
         begun = min(r.created for r in rows)
         before = [r for r in records if r.size == size and r.created < begun]
-        assert {model: rate for model, rate in rates.items() if model != "max_tokens"} == chosen_rates(before)
+        assert rates == chosen_rates(before)
 
 
 @pytest.mark.slow  # .ci/run runs it

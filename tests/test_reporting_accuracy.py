@@ -196,6 +196,43 @@ def test_the_readme_s_block_says_what_the_records_say(tmp_path):
     )
 
 
+def test_rates_and_variants_of_other_budgets_are_told_as_such(tmp_path):
+    no = {"lr": 5e-4, "choices": {"split": "no"}}
+    rows = [fake("flowhn_fac", acc=0.3), fake("flowhn_no", acc=0.5, model="flowhn", loss=4.4, config=no)]
+    for record in rows:
+        write_record(tmp_path / "table1" / "135m-files-60M" / "records" / f"{record.cell}.json", record)
+    better = fake("flowhn_no_1e-3", model="flowhn", loss=4.2, config={**no, "lr": 1e-3})
+    short = [replace(better, tokens=4_000_000), replace(better, cell="flowhn_no_5e-4", config=no, tokens=4_000_000)]
+    short[0] = replace(short[0], data={**better.data, "sha256": "another text"})
+    short[1] = replace(short[1], data=short[0].data)
+    for folder, record in [("60M", better), ("4M", short[0]), ("4M", short[1])]:
+        write_record(tmp_path / "table1_lr" / f"135m-files-{folder}" / "records" / f"{record.cell}.json", record)
+    more = [fake("flowhn_no", seed=1, loss=4.40), fake("fac_a", seed=1, loss=4.9, tps=950.0)]
+    for record in [*variants(), *more]:
+        write_record(tmp_path / "beyond" / "135m-files-30M" / "records" / f"{record.cell}-{record.seed}.json", record)
+    text = accuracy_block(tmp_path, "135m-files-60M", gap=GAP)
+    tokens = rows[0].tokens
+    assert "chosen per family at 4,000,000 tokens of another selection of text: flowhn_no" in text
+    told = "flowhn_no 0.001 (validation losses 0.0005: 4.400, 0.001: 4.200; the highest tried)."
+    assert f"the lowest loss per family at {tokens:,} tokens: {told}" in text
+    assert "at another rate than the one best here: FlowHN No_Split at 0.0005." in text
+    assert f"Beyond the paper, at {variants()[0].tokens:,} tokens and its learning rates: of 3 variants" in text
+    assert "it closes 50 % of the gap to FlowHN No_Split in seed 0 and 25 % over seeds 0, 1, at" in text
+    assert "experiments/beyond/135m-files-30M/gap.md" in text
+
+
+def test_a_row_of_more_seeds_is_judged_by_all_of_them():
+    more = [fake("flowhn_no", seed=1, loss=4.40), fake("fac_a", seed=1, loss=4.9, tps=950.0)]
+    frame = gap_table([*variants(), *more], size="135m", **GAP).set_index("cell")
+    assert set(frame["seeds"]) == {"0"}
+    assert (frame.loc["fac_a", "own_seeds"], frame.loc["fac_b", "own_seeds"]) == ("0, 1", "0")
+    assert frame.loc["fac_a", "closed_flowhn_no"] == pytest.approx(0.5)
+    assert frame.loc["fac_a", "closed"] == pytest.approx(0.25)  # (4.85 - 4.75) / (4.85 - 4.45)
+    assert not frame.loc["fac_a", "reached"]
+    shown = readable_gap(frame.reset_index(), **GAP).set_index("row")["to FlowHN No_Split, of all its seeds"]
+    assert (shown["fac_a"], shown["fac_b"]) == ("25 % (0, 1)", "")
+
+
 def ending(cell, tps, flops, *losses, **changes):
     """A record with a validation every 1,000 tokens, and what a second and a FLOP are to it."""
     record = timed(cell, tps, *[1.0] * (len(losses) - 1), **changes)

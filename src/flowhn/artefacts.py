@@ -39,8 +39,8 @@ class Artefact:
         suite: of ``long_context``: by size, overrides of ``configs/eval/long_context.yaml``.
         bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count). Their
             budget is ``gpu`` on a machine that has one, unless another is asked for.
-        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens; ``flowhn_no`` is FlowHN with
-            ``split=no`` alone (``flowhn_<split>`` wins over ``flowhn``).
+        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens, or a list of such, the shortest
+            runs first; ``flowhn_no`` is FlowHN with ``split=no`` alone (``flowhn_<split>`` wins over ``flowhn``).
         seeds: by size, the seeds of cells that are trained more than once.
         like: the artefact whose ``lr`` and ``seeds`` hold here; ``lr_like`` takes its ``lr`` alone. Runs that are the same
             there and here are then trained once.
@@ -59,7 +59,7 @@ class Artefact:
     measure: str | None = None
     suite: dict[str, list[str]] = field(default_factory=dict)
     bench: dict[str, Any] | None = None
-    lr: dict[str, dict[str, float]] = field(default_factory=dict)
+    lr: dict[str, dict[str, float] | list[dict[str, float]]] = field(default_factory=dict)
     seeds: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     like: str | None = None
     lr_like: str | None = None
@@ -187,13 +187,22 @@ def _size(overrides: Sequence[str]) -> str:
     return next((word.partition("=")[2] for word in reversed(overrides) if word.startswith("size=")), _DEFAULT_SIZE)
 
 
+def rates_for(artefact: Artefact, size: str, tokens: int) -> dict[str, float]:
+    """The artefact's learning rates for runs of a size and budget, by model; empty where the size's own hold."""
+    told = artefact.lr.get(size, [])
+    for rates in [told] if isinstance(told, dict) else told:
+        if tokens <= rates["max_tokens"]:
+            return {model: rate for model, rate in rates.items() if model != "max_tokens"}
+    return {}
+
+
 def _plan_tuned(artefact: Artefact, overrides: list[str]) -> Run:
     """The run, with the artefact's learning rate for its model, size and budget where the user gives none."""
     run = plan(compose("train", overrides))
     choices = run.config["choices"]
-    rates = artefact.lr.get(choices["size"], {})
+    rates = rates_for(artefact, choices["size"], run.config["tokens"])
     rate = rates.get(f"{choices['model']}_{choices['split']}", rates.get(choices["model"]))
-    if rate is None or run.config["tokens"] > rates["max_tokens"] or any(w.startswith("lr=") for w in overrides):
+    if rate is None or any(word.startswith("lr=") for word in overrides):
         return run
     return plan(compose("train", [*overrides, f"lr={rate}"]))
 

@@ -13,7 +13,7 @@ from flowhn.reporting import figures as draw
 from flowhn.reporting.beyond import gap_table, readable_gap
 from flowhn.reporting.gap_figure import gap_figure
 from flowhn.reporting.overlap import overlap_notes
-from flowhn.reporting.rates import rate_table
+from flowhn.reporting.rates import rate_table, with_table_rows
 from flowhn.reporting.record import RunRecord, write_record
 from flowhn.reporting.speeds import DaySpread
 from flowhn.reporting.style import long_name
@@ -40,6 +40,7 @@ def write_artefact(
     tables: Sequence[str] = ("verdicts",),
     gap: Mapping[str, Any] | None = None,
     days: Mapping[str, DaySpread] | None = None,
+    beside: Sequence[RunRecord] = (),
 ) -> list[Path]:
     """Write ``table`` and ``tables`` as .md and .csv, ``<figure>.png`` each and ``records/``; returns the paths.
 
@@ -55,6 +56,7 @@ def write_artefact(
             variants close, with ``gap.png``).
         gap: ``{of, to}`` of the last, see :func:`flowhn.reporting.beyond.gap_table`.
         days: how far speeds differ between days, for the verdicts (:func:`flowhn.reporting.speeds.day_spreads`).
+        beside: rows of Table 1, each a rate tried more where it is of the same text and tokens.
 
     Raises:
         UserError: no records, several sizes, an unknown figure, or records that cannot be pooled.
@@ -84,7 +86,9 @@ def write_artefact(
     written += write_table(frame, folder, title=title, notes=notes)
     written += keep_records(records, folder / "records")
     for name in tables:
-        options = {"gap": {"gap": gap, "size": sizes[0]}, "verdicts": {"days": days}}.get(name, {})
+        options = {"gap": {"gap": gap, "size": sizes[0]}, "verdicts": {"days": days}, "rates": {"table": beside}}.get(
+            name, {}
+        )
         written += _TABLES[name](records, folder, title, **options)
     return written
 
@@ -97,8 +101,10 @@ def _write_verdicts(
     return write_table(_readable(judged), folder, title=heading, notes=_VERDICT_NOTES, name="verdicts", full=judged)
 
 
-def _write_rates(records: Sequence[RunRecord], folder: Path, title: str) -> tuple[Path, Path]:
-    tried = rate_table(records)
+def _write_rates(
+    records: Sequence[RunRecord], folder: Path, title: str, *, table: Sequence[RunRecord]
+) -> tuple[Path, Path]:
+    tried = rate_table(with_table_rows(records, table))
     return write_table(tried, folder, title=f"{title}: what was chosen", notes=_RATE_NOTES, name="rates")
 
 
@@ -117,13 +123,11 @@ _TABLES: dict[str, Callable[..., tuple[Path, Path]]] = {
     "rates": _write_rates,
     "gap": _write_gap,
 }
-_RATE_NOTES = (
-    "The rate with the lowest final validation loss serves the whole family. The runs are short: a rate that wins here "
-    "is not shown to be the best at a longer budget.",
-)
+_RATE_NOTES = ("The rate with the lowest final validation loss. It is not shown to be the best at another budget.",)
 _GAP_NOTES = (
     "Closed: share of the difference in validation loss between the starting row and the row to reach. 100 %: as good "
-    "as that row; below 0 %: worse than the starting row. Losses are of the seeds that all rows share.",
+    "as that row; below 0 %: worse than the starting row. Losses are of the seeds that all rows share; a row of more seeds "
+    "is judged by all that it shares with the two rows of its gap.",
 )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -18,6 +19,8 @@ FAMILIES = {
     "mamba": ("mamba2", "mamba1"),
     "llama": ("llama",),
 }
+# Row of Table 1 -> what its rates are called in configs/artefacts/table1_lr.yaml, before the number.
+_TABLE_ROWS = {"flowhn_fac": "flowhn", "flowhn_no": "flowhn_no", "shm": "hybrid", "mamba2": "mamba", "llama": "llama"}
 
 
 def rate_table(records: Iterable[RunRecord]) -> pd.DataFrame:
@@ -54,6 +57,20 @@ def rate_table(records: Iterable[RunRecord]) -> pd.DataFrame:
     order = list(FAMILIES)
     key = frame["family"].map(order.index) if len(frame) else frame["family"]
     return frame.assign(_order=key).sort_values(["_order", "lr"]).drop(columns="_order").reset_index(drop=True)
+
+
+def with_table_rows(tried: Sequence[RunRecord], table: Iterable[RunRecord]) -> list[RunRecord]:
+    """The runs that tried rates, and the rows of Table 1 that tried one more: the same model, size, seed, text and tokens."""
+
+    def kind(record: RunRecord) -> tuple[Any, ...]:
+        own = _TABLE_ROWS.get(record.cell, record.cell.rpartition("_")[0])
+        return own, record.size, record.seed, record.tokens, record.data.get("sha256")
+
+    rates: dict[tuple[Any, ...], set[float]] = {}
+    for record in tried:
+        rates.setdefault(kind(record), set()).add(record.config["lr"])
+    rows = [row for row in table if row.cell in _TABLE_ROWS and kind(row) in rates]
+    return [*tried, *(row for row in rows if row.config["lr"] not in rates[kind(row)])]
 
 
 def chosen_rates(records: Iterable[RunRecord]) -> dict[str, float]:

@@ -111,19 +111,20 @@ _LACKS = {
 }
 
 
-def lack_lines(gap: pd.DataFrame | None, *, to: str = "flowhn_no") -> list[str]:
+def lack_lines(gap: pd.DataFrame | None, *, to: str = "flowhn_no", when: str = "") -> list[str]:
     """How much of the gap each thing closes that FAC_Split lacks, from the variants that have it alone.
 
     Args:
         gap: as :func:`flowhn.reporting.beyond.gap_table` gives it, or None.
         to: the model whose lead is to be made up for.
+        when: what the sentence says of the variants' budget.
     """
     column = f"closed_{to}"
     if gap is None or column not in gap:
         return []
     closed = gap.dropna(subset=[column]).set_index("cell")[column]
     told = [f"{words} {100 * closed[cell]:.0f} %" for cell, words in _LACKS.items() if cell in closed]
-    return [f"Each alone closes, of FAC_Split's gap to {name(to)}: {', '.join(told)}.", ""] if told else []
+    return [f"Each alone closes, of FAC_Split's gap to {name(to)}{when}: {', '.join(told)}.", ""] if told else []
 
 
 def _layers(record: RunRecord) -> int | None:

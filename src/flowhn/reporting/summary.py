@@ -14,7 +14,7 @@ from flowhn.reporting.ablation_tables import depth_table
 from flowhn.reporting.adapter import adapter_lines
 from flowhn.reporting.bench import commit_of
 from flowhn.reporting.beyond import gap_table, goal_model, is_reference
-from flowhn.reporting.rates import chosen_rates, rate_table
+from flowhn.reporting.rates import chosen_rates, rate_table, with_table_rows
 from flowhn.reporting.reasons import depth_lines, equal_cost_lines, lack_lines
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.speeds import DaySpread, day_spreads, newest_speeds
@@ -26,7 +26,9 @@ _TIE = 0.01  # nats of validation loss: less than another seed changes
 
 
 def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen: pd.DataFrame | None = None) -> str:
-    """Markdown from ``experiments/{table1,table1_lr,beyond,long_context}/<setting>``; parts without records are left out.
+    """Markdown from ``experiments/{table1,beyond,long_context}/<setting>`` and the rates tried on as much text or less.
+
+    Parts without records are left out; variants and long contexts of another budget stand in for missing ones, which is told.
 
     Args:
         experiments: the folder; links are written relative to its parent.
@@ -49,16 +51,20 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
         *_verdict_lines(records, size, experiments),
         "",
     ]
-    parts += _rates(find_records(experiments / "table1_lr" / setting / "records"), records)
+    parts += _rates(experiments, setting, records)
     parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen, depths=_depths(experiments))]
-    variants = _gap(experiments, setting, size, gap)
-    parts += lack_lines(variants)
+    others = _with_records(experiments / "beyond", setting)
+    variants = _gap(experiments, others, size, gap)
+    told = _budget(find_records(experiments / "beyond" / others / "records")) if others != setting else ""
+    parts += lack_lines(variants, when=told)
     shown = {f"loss_vs_{axis.lower()}": f"validation loss over training {axis}" for axis in ("time", "FLOPs")}
     parts += _pictures(experiments, "table1", setting, shown)
-    parts += _beyond(variants, experiments, setting, gap)
-    if (experiments / "long_context" / setting / "long_context.png").is_file():
+    parts += _beyond(variants, experiments, others, gap, when=told)
+    long = _with_records(experiments / "long_context", setting, name="evals")
+    if (experiments / "long_context" / long / "long_context.png").is_file():
+        which = f" ({long})" if long != setting else ""
         parts += [
-            f"Beyond the trained length: [experiments/long_context](experiments/long_context/{setting}/table.md)."
+            f"Beyond the trained length{which}: [experiments/long_context](experiments/long_context/{long}/table.md)."
         ]
     return "\n".join([*parts, *adapter]).rstrip()
 
@@ -196,38 +202,64 @@ def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
     ]
 
 
-def _rates(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[str]:
-    """What rates were chosen, and which rows of the table (``records``) were trained at another."""
-    if not tried:
-        return []
-    frame = rate_table(tried)
-    told = ", ".join(_rate(frame[frame["family"] == family]) for family in frame["family"].unique())
+def _with_records(folder: Path, setting: str, *, name: str = "records") -> str:
+    """This setting where ``folder`` has it, else one of the same size and text at another budget (the setting's last word)."""
+    stem = setting.rpartition("-")[0]
+    found = sorted(path.parent.name for path in folder.glob(f"{stem}-*/{name}")) if stem else []
+    return setting if (folder / setting / name).is_dir() or not found else found[-1]
+
+
+def _budget(records: Sequence[RunRecord]) -> str:
+    return f", at {records[0].tokens:,} tokens and its learning rates" if records else ""
+
+
+def _rates(experiments: Path, setting: str, records: Sequence[RunRecord]) -> list[str]:
+    """What rates were tried, the shortest runs first, and which rows of the table (``records``) were trained at another."""
+    stem = setting.rpartition("-")[0] or setting
+    folders = sorted({setting, *(path.name for path in (experiments / "table1_lr").glob(f"{stem}-*"))})
+    tried = [find_records(experiments / "table1_lr" / folder / "records") for folder in folders]
+    tried = sorted((runs for runs in tried if runs), key=lambda runs: runs[0].tokens)
+    return [line for runs in tried for line in (*_rate_lines(runs, records), "")]
+
+
+def _rate_lines(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[str]:
+    frame = rate_table(with_table_rows(tried, records))
     tokens = int(frame["tokens"].iloc[0])
-    lines = [f"Learning rates, chosen per family at {tokens:,} tokens: {told}."]
+    at_length = tokens == records[0].tokens
+    told = ", ".join(_rate(frame[frame["family"] == family], losses=at_length) for family in frame["family"].unique())
+    other = " of another selection of text" if tried[0].data.get("sha256") != records[0].data.get("sha256") else ""
+    line = f"Learning rates, {'the lowest loss' if at_length else 'chosen'} per family at {tokens:,} tokens{other}: {told}."
     heirs = [
         long_name(f"flowhn_{split}") for split in ("no", "ae", "fa") if f"flowhn_{split}" not in set(frame["family"])
     ]
     if "flowhn" in set(frame["family"]):
-        lines[0] += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate, not tried themselves."
-    chosen, others = chosen_rates(tried), {}
+        line += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate, not tried themselves."
+    chosen, others = chosen_rates(with_table_rows(tried, records)), {}
     for record in records:
         wanted, rate = chosen.get(record.cell, chosen.get(record.model)), float(record.config.get("lr", 0.0))
         if wanted is not None and rate and rate != wanted:
             others[long_name(record.cell)] = f"{rate:g}"
     if others:
         told = ", ".join(f"{name} at {rate}" for name, rate in others.items())
-        lines[0] += f" Of the table's rows, at another rate than the one chosen here: {told}."
-    return [*lines, ""]
+        line += f" Of the table's rows, at another rate than the one {'best' if at_length else 'chosen'} here: {told}."
+        line += (
+            " **Their loss is higher than it need be by that**, and rows that share their rate were not tried at the better one."
+            if at_length
+            else ""
+        )
+    return [line]
 
 
-def _rate(tried: pd.DataFrame) -> str:
-    """The chosen rate of a family, and what a reader must know of it: the edge of what was tried, or a tie."""
+def _rate(tried: pd.DataFrame, *, losses: bool = False) -> str:
+    """The chosen rate of a family, and what a reader must know of it: the edge of what was tried, a tie, or all losses."""
     chosen = tried[tried["chosen"]]
     if not len(chosen):
         return f"{tried['family'].iloc[0]} none"
     row = chosen.iloc[0]
     ties = tried[~tried["chosen"] & (tried["val_loss"] < row["val_loss"] + _TIE)]
-    remarks = [f"of {', '.join(f'{rate:g}' for rate in sorted(tried['lr'].unique()))}"]
+    all_losses = ", ".join(f"{row.lr:g}: {row.val_loss:.3f}" for row in tried.sort_values("lr").itertuples())
+    rates = ", ".join(f"{rate:g}" for rate in sorted(tried["lr"].unique()))
+    remarks = [f"validation losses {all_losses}" if losses else f"of {rates}"]
     remarks += ["the highest tried"] if row["lr"] == tried["lr"].max() else []
     remarks += ["the lowest tried"] if row["lr"] == tried["lr"].min() and len(tried) > 1 else []
     remarks += [f"{rate:g} is within {_TIE:g} nats" for rate in ties["lr"]]
@@ -261,23 +293,30 @@ def _gap(experiments: Path, setting: str, size: str, gap: dict[str, Any]) -> pd.
     return gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
 
 
-def _beyond(frame: pd.DataFrame | None, experiments: Path, setting: str, gap: dict[str, Any]) -> list[str]:
+def _beyond(
+    frame: pd.DataFrame | None, experiments: Path, setting: str, gap: dict[str, Any], *, when: str = ""
+) -> list[str]:
     if frame is None:
         return []
     tried = frame[[not is_reference(cell, of=gap["of"], to=list(gap["to"])) for cell in frame["cell"]]]
     fast = tried[tried["speed"] >= 0.9]
     link = f"[experiments/beyond/{setting}](experiments/beyond/{setting}/gap.md) has all of them."
     if not len(fast):
-        return [f"Beyond the paper: of {len(tried)} variants of FAC_Split none keeps 90 % of its speed. {link}", ""]
+        return [
+            f"Beyond the paper{when}: of {len(tried)} variants of FAC_Split none keeps 90 % of its speed. {link}",
+            "",
+        ]
     best = fast.iloc[0]
     goal = goal_model(frame, list(gap["to"]))
     if goal is None:
         closed = "closes nothing, for no model is ahead,"
     else:
         closed = f"closes {100 * best[f'closed_{goal}']:.0f} % of the gap to {long_name(goal)}"
+        if best["own_seeds"] != best["seeds"]:
+            closed += f" in seed {best['seeds']} and {100 * best['closed']:.0f} % over seeds {best['own_seeds']},"
     return [
-        f"Beyond the paper: of {len(tried)} variants of FAC_Split, `{best['cell']}` has the lowest loss at 90 % of the speed or "
-        f"more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {link}",
+        f"Beyond the paper{when}: of {len(tried)} variants of FAC_Split, `{best['cell']}` has the lowest loss at 90 % of the "
+        f"speed or more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {link}",
         "",
         *_pictures(experiments, "beyond", setting, {"gap": "validation loss over speed of all variants"}),
     ]
