@@ -64,17 +64,17 @@ def test_the_plan_has_everything_once_and_what_matters_most_first():
 def test_probes_of_flowhn_s_rate_are_planned_when_asked_for():
     probes = accuracy_jobs.plan_jobs(30_000_000, 4_000_000, "probe,table")
     names = [job.cell for job in probes if job.is_rate]
-    assert names == ["flowhn_2.5e-4", "flowhn_no_5e-4", "flowhn_no_1e-3"]
-    assert [job.cell for job in probes[:3]] == names  # before the table
+    assert names == ["flowhn_2.5e-4", "flowhn_no_5e-4", "flowhn_no_1e-3", "flowhn_no_2e-3"]
+    assert [job.cell for job in probes[:4]] == names  # before the table
     cells = load_artefact("table1_lr").cells
     assert set(names) <= set(cells)
     assert not {job.cell for job in accuracy_jobs.plan_jobs(1, 1, accuracy_session.parse(["daemon"]).kinds)} & set(
         names
     )
-    assert max(job.seconds() for job in probes[:3]) < 20
+    assert max(job.seconds() for job in probes[:4]) < 20
     planned = plan_cells(load_artefact("table1_lr"), ["size=tiny", "budget=4096", f"models=[{','.join(names)}]"]).wanted
     assert {name: (run.config["lr"], run.config["choices"]["split"]) for name, run in planned.items()} == {
-        "flowhn_2.5e-4": (2.5e-4, "fac"), "flowhn_no_5e-4": (5e-4, "no"), "flowhn_no_1e-3": (1e-3, "no"),
+        "flowhn_2.5e-4": (2.5e-4, "fac"), "flowhn_no_5e-4": (5e-4, "no"), "flowhn_no_1e-3": (1e-3, "no"), "flowhn_no_2e-3": (2e-3, "no"),
     }  # fmt: skip
 
 
