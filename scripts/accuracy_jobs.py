@@ -64,10 +64,18 @@ LATER_VARIANTS = (  # after the long contexts: they fell short, or only make a r
     "fac_keys_rope_cross",
     "fac_bf16_residual",
     "fac_keys_rope_conv_gated_bf16",
+    "fac_gated",
+    "fac_gated_shared",
     "fac_mamba2",
-    "fac_mamba2_keys_rope_conv_gated",
+    "fac_mamba2_keys_rope_conv_gated_bf16",
+    "fac_mamba2_keys_rope_conv_gated_bf16_shared",
 )
-PROBES = ("flowhn_2.5e-4", "flowhn_no_5e-4", "flowhn_no_1e-3", "flowhn_no_2e-3")  # rates of table1_lr that only kinds=probe plans
+PROBES = (
+    "flowhn_2.5e-4",
+    "flowhn_no_5e-4",
+    "flowhn_no_1e-3",
+    "flowhn_no_2e-3",
+)  # rates of table1_lr that only kinds=probe plans
 LONG_MODELS = ("flowhn_fac", "flowhn_no", "llama", "mamba2", "shm")
 SECOND_SEEDS = ("flowhn_fac", "flowhn_no", "shm")
 BASE = "flowhn_fac"  # what the speed of the variants is compared with

@@ -222,10 +222,21 @@ def to_dict(cfg: DictConfig) -> dict[str, Any]:
     return OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
+# Options that came after runs had been named, with the value that does what was done before: they name no other run.
+_LATER = {"shared": 0.0}
+
+
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a resolved configuration that decides the result of a run; its hash names the run."""
-    kept = {key: config[key] for key in IDENTITY_KEYS if key in config}
+    kept = {key: _as_before(config[key]) for key in IDENTITY_KEYS if key in config}
     return kept | {"deterministic": config["trainer"]["deterministic"]}
+
+
+def _as_before(tree: Any) -> Any:
+    """A tree of plain containers without later options that change nothing."""
+    if isinstance(tree, Mapping):
+        return {key: _as_before(value) for key, value in tree.items() if key not in _LATER or value != _LATER[key]}
+    return [_as_before(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def check_targets(tree: Any) -> None:

@@ -101,6 +101,11 @@ class ParallelBlock(nn.Module):
             self.short_conv = ShortConv(d_model=d_model, taps=short_conv, norm_eps=norm_eps, backend=backend)
         self.split = split
         self.fusion = fusion(d_model=d_model, full=split.full)
+        if split.shared and not getattr(self.fusion, "takes_shared", False):
+            raise UserError(
+                f"split.shared={split.shared:g} gives some tokens two outputs, which this fusion does not take; use fusion=gated "
+                "or fusion=sum, or split.shared=0"
+            )
         self.norm = RMSNorm(d_model, eps=norm_eps)
         self.proj = nn.Linear(d_model, d_model, bias=False)
 
@@ -205,9 +210,10 @@ class ParallelBlock(nn.Module):
         return self.split.section(start, stop, self.layer_idx, cost, window=window)
 
     def step_flops(self, n_before: int, *, window: int | None = None) -> int:
-        """FLOPs of one decoded token behind ``n_before`` others, those of its branch alone (No_Split: of both)."""
+        """FLOPs of one decoded token behind ``n_before`` others, those of its branch alone (of both where it is shared)."""
         split = self._section(n_before, n_before + 1, window)
-        flops = self.fusion.flops(1) + 2 * self.proj.weight.numel() + self._conv_flops(1)
+        outputs = 1 if self.split.full else split.n_attn + split.n_ssm
+        flops = self.fusion.flops(outputs) + 2 * self.proj.weight.numel() + self._conv_flops(1)
         if split.n_attn:
             seen = n_before if self.all_keys else self._section(0, n_before, window).n_attn
             flops += self.attention.step_flops(seen)
@@ -223,5 +229,6 @@ class ParallelBlock(nn.Module):
         split = self.token_split(n_tokens)
         queries = split.attn if self.all_keys else None
         branches = self.attention.flops(split.n_attn, queries=queries) + self.ssm.flops(split.n_ssm)
-        both = self.fusion.flops(n_tokens) + 2 * self.proj.weight.numel() * n_tokens
+        outputs = n_tokens if self.split.full else split.n_attn + split.n_ssm
+        both = self.fusion.flops(outputs) + 2 * self.proj.weight.numel() * n_tokens
         return branches + both + self._conv_flops(n_tokens)

@@ -103,7 +103,7 @@ def routing_figure(routes: Mapping[str, Sequence[Route]], path: Path | None = No
         for axis, (cell, blocks) in zip(panels, routes.items(), strict=True):
             few = blocks[0].n_tokens <= _FEW_TOKENS
             for row, route in enumerate(blocks):
-                both = list(route.attn) == list(route.ssm)
+                both = sum(stop - start for start, stop in (*route.attn, *route.ssm)) > route.n_tokens  # some tokens
                 for lane, (branch, ranges) in enumerate((("attention", route.attn), ("ssm", route.ssm))):
                     height = 0.4 if both else 0.8
                     bottom = row - 0.4 + (lane * 0.4 if both else 0)

@@ -67,9 +67,14 @@ _LOOKS = {
     "flowhn_no_conv": Look("No_Split, conv", _RED, "h", (0, (1, 1))),
     "flowhn_no_sum": Look("No_Split, sum fusion", _RED, "p", (0, (4, 1.5))),
     "fac_bf16_residual": Look("FAC, residual in bf16", _GREY, "8", (0, (4, 1.5))),
+    "fac_gated": Look("FAC, gated fusion", _SKY, "X", (0, (1, 1))),
+    "fac_gated_shared": Look("FAC, gated fusion, a quarter of the tokens in both", _SKY, "P", "-"),
     "fac_mamba2": Look("FAC, Mamba-2 branch", _PURPLE, "p", (0, (4, 1.5))),
-    "fac_mamba2_keys_rope_conv_gated": Look(
-        "FAC, Mamba-2 branch, all keys, RoPE, conv, gated fusion", _PURPLE, "X", "-"
+    "fac_mamba2_keys_rope_conv_gated_bf16": Look(
+        "FAC, Mamba-2, all keys, RoPE, conv, gated, bf16 residual", _PURPLE, "X", "-"
+    ),
+    "fac_mamba2_keys_rope_conv_gated_bf16_shared": Look(
+        "FAC, Mamba-2, all keys, RoPE, conv, gated, bf16 residual, 3/16 in both", _PURPLE, "P", (0, (1, 1))
     ),
     "fac_ratio": Look("FAC, 0.59 to attention", _GREY, "d", (0, (1, 1))),
 }

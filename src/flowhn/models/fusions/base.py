@@ -23,6 +23,8 @@ class Fusion(nn.Module, ABC):
             norm unchanged (:mod:`flowhn.models.fusions.coordinate`). The forward pass does not change.
     """
 
+    takes_shared = False  # whether some tokens may have both branches' outputs and others one (``split.shared``)
+
     def __init__(self, *, d_model: int, full: bool, coordinate_gradients: bool = False) -> None:
         super().__init__()
         self.d_model, self.full, self.coordinate_gradients = d_model, full, coordinate_gradients
@@ -35,7 +37,7 @@ class Fusion(nn.Module, ABC):
         """
         if self.full and not split.is_full:
             raise ValueError("a fusion built with full=True needs a split in which both branches see all tokens")
-        if not self.full and not split.is_partition:
+        if not self.full and not (split.is_partition or (self.takes_shared and split.is_cover)):
             raise ValueError("a fusion built with full=False needs a split in which each token has exactly one branch")
         if self.coordinate_gradients:
             y_attn, y_ssm = coordinated(y_attn, y_ssm)
@@ -47,4 +49,7 @@ class Fusion(nn.Module, ABC):
 
     @abstractmethod
     def flops(self, n_tokens: int) -> int:
-        """Forward FLOPs of one sequence of ``n_tokens``: matrix products, as everywhere; sums and norms not counted."""
+        """Forward FLOPs of one sequence of ``n_tokens``, in split modes of so many branch outputs.
+
+        Matrix products, as everywhere; sums and norms are not counted.
+        """

@@ -47,6 +47,21 @@ def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
     return tuple(result)
 
 
+def union(first: Ranges, second: Ranges) -> Ranges:
+    """Two disjoint lists of ranges as one."""
+    return joined(sorted([*first, *second]))
+
+
+def first_tokens(ranges: Ranges, n_tokens: int) -> Ranges:
+    """The first ``n_tokens`` tokens of ``ranges``, all of them where they have fewer."""
+    taken: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        stop = min(stop, start + n_tokens - count(tuple(taken)))
+        if start < stop:
+            taken.append((start, stop))
+    return tuple(taken)
+
+
 def count(ranges: Ranges) -> int:
     """Number of tokens in half-open ranges."""
     return sum(stop - start for start, stop in ranges)
@@ -78,11 +93,22 @@ def _pieces(y: Tensor, ranges: Ranges) -> list[Tensor]:
     return pieces
 
 
+def _holds(ranges: Ranges, token: int) -> bool:
+    return any(start <= token < stop for start, stop in ranges)
+
+
+def _piece(y: Tensor, ranges: Ranges, start: int, stop: int) -> Tensor:
+    """Tokens ``start`` to ``stop``, which lie in one of ``ranges``, of that branch's output (B, n, D)."""
+    before = count(tuple((first, min(last, start)) for first, last in ranges if first < start))
+    return y[:, before : before + stop - start]
+
+
 @dataclass(frozen=True)
 class TokenSplit:
     """Which of ``n_tokens`` tokens each branch sees: half-open ranges, ascending, so that order is kept.
 
-    A strategy gives either a partition (each token in exactly one branch) or full copies (both see all).
+    A strategy gives a partition (each token in exactly one branch), full copies (both see all), or a partition of which some
+    tokens are shared (in both).
     """
 
     n_tokens: int
@@ -107,6 +133,12 @@ class TokenSplit:
     def is_partition(self) -> bool:
         """Each token is in exactly one branch."""
         return self.ssm == complement(self.attn, self.n_tokens)
+
+    @property
+    def is_cover(self) -> bool:
+        """Each token is in a branch at least."""
+        alone = complement(self.attn, self.n_tokens)  # the SSM branch has to have these
+        return all(any(first <= start and stop <= last for first, last in self.ssm) for start, stop in alone)
 
     def gather_attn(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, n_attn, D), in sequence order; a view when the tokens are contiguous."""
@@ -135,6 +167,30 @@ class TokenSplit:
         pieces = [piece for pair in zip(first, second, strict=False) for piece in pair] + first[len(second) :]
         return torch.cat(pieces, dim=1)  # (B, T, D)
 
+    def blend(
+        self,
+        y_attn: tuple[Tensor, ...],
+        y_ssm: tuple[Tensor, ...],
+        *,
+        attn: Callable[..., Tensor],
+        ssm: Callable[..., Tensor],
+        both: Callable[..., Tensor],
+    ) -> Tensor:
+        """Tensors of (B, n_attn, D) and (B, n_ssm, D) -> (B, T, D), in sequence order, where tokens may be in both branches.
+
+        Args:
+            y_attn, y_ssm: what the functions get of a run of tokens that are in that branch.
+            attn, ssm: from ``y_attn``'s or ``y_ssm``'s pieces to what a token of that branch alone becomes.
+            both: from ``y_attn``'s and then ``y_ssm``'s pieces to what a shared token becomes.
+        """
+        edges = sorted({0, self.n_tokens, *(edge for pair in (*self.attn, *self.ssm) for edge in pair)})
+        pieces = []
+        for start, stop in pairwise(edges):
+            mine = [_piece(y, self.attn, start, stop) for y in y_attn] if _holds(self.attn, start) else []
+            other = [_piece(y, self.ssm, start, stop) for y in y_ssm] if _holds(self.ssm, start) else []
+            pieces.append(both(*mine, *other) if mine and other else attn(*mine) if mine else ssm(*other))
+        return torch.cat(pieces, dim=1)  # (B, T, D)
+
     def positions_attn(self, device: torch.device | str | None = None) -> Tensor:
         """(n_attn,) long: where in the sequence the attention branch's tokens stand (for rotary embeddings)."""
         if not self.attn:
@@ -160,6 +216,7 @@ class Split(ABC):
 
     full = False  # both branches see all tokens; decides the shape of the fusion
     flop_balanced = False  # promises the integer cut with the least difference between the branches' FLOPs
+    shared = 0.0  # share of the tokens that both branches see
 
     def __init__(self, *, window: int | None = None, keys: str = "own") -> None:
         if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
@@ -177,6 +234,10 @@ class Split(ABC):
     def ssm_ranges(self, attn: Ranges, n_tokens: int) -> Ranges:
         """The SSM branch's ranges; every token that attention does not see unless a strategy says otherwise."""
         return complement(attn, n_tokens)
+
+    def shared_ranges(self, attn: Ranges, n_tokens: int) -> Ranges:
+        """Those of attention's tokens of one period that the SSM branch sees too; none unless a strategy says otherwise."""
+        return ()
 
     def __call__(self, n_tokens: int, layer_idx: int, cost: BranchCost) -> TokenSplit:
         """Routing of ``n_tokens`` tokens in block ``layer_idx``. Cached: forward passes ask again and again."""
@@ -222,13 +283,18 @@ class Split(ABC):
     def _route(self, n_tokens: int, layer_idx: int, cost: BranchCost) -> TokenSplit:
         period = self.window or n_tokens
         pattern = joined(self.attention_ranges(period, layer_idx, cost))
-        attn = joined(
-            (offset + start, min(offset + stop, n_tokens))
-            for offset in range(0, n_tokens, period or 1)
-            for start, stop in pattern
-            if offset + start < n_tokens
-        )
-        return TokenSplit(n_tokens, attn, self.ssm_ranges(attn, n_tokens))
+
+        def tiled(ranges: Ranges) -> Ranges:
+            return joined(
+                (offset + start, min(offset + stop, n_tokens))
+                for offset in range(0, n_tokens, period or 1)
+                for start, stop in ranges
+                if offset + start < n_tokens
+            )
+
+        attn = tiled(pattern)
+        ssm = union(self.ssm_ranges(attn, n_tokens), tiled(self.shared_ranges(pattern, period)))
+        return TokenSplit(n_tokens, attn, ssm)
 
     def __getstate__(self) -> dict[str, object]:
         # The cache is keyed by modules' bound methods: a copy or a pickle starts with an empty one.

@@ -16,7 +16,7 @@ class FlopAwareSplit(FlopAware):
 
     Args:
         attention_side: ``last`` (figure 2) or ``first`` (published code) tokens go to attention.
-        ratio, balance, multiple_of, window, keys: see :class:`~flowhn.models.splits.balance.FlopAware`.
+        ratio, balance, multiple_of, window, keys, shared: see :class:`~flowhn.models.splits.balance.FlopAware`.
 
     Raises:
         UserError: ``attention_side`` is neither; or as the base class does.
@@ -31,8 +31,9 @@ class FlopAwareSplit(FlopAware):
         multiple_of: int = 1,
         window: int | None = None,
         keys: str = "own",
+        shared: float = 0.0,
     ) -> None:
-        super().__init__(ratio=ratio, balance=balance, multiple_of=multiple_of, window=window, keys=keys)
+        super().__init__(ratio=ratio, balance=balance, multiple_of=multiple_of, window=window, keys=keys, shared=shared)
         if attention_side not in ("last", "first"):
             raise UserError(f"split.attention_side={attention_side} must be last (figure 2) or first (published code)")
         self.attention_side = attention_side
