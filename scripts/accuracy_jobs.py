@@ -316,15 +316,13 @@ class Session:
         from flowhn.artefacts import load_artefact, rates_for
         from flowhn.reporting.rates import chosen_rates
 
-        if not self._tuned and "table" in self.kinds:
+        if not self._tuned and "table" in self.kinds and all(self.finished(one) for one in self.jobs if one.is_rate):
             self._tuned = chosen_rates(self.lr_records())
-        own = job.cell if job.cell == "flowhn_no" else ""  # where it was tried itself
+        own = job.cell if job.cell.startswith("flowhn_no") else ""  # where it was tried itself
         model = "flowhn" if job.cell.startswith(("flowhn", "fac")) else job.cell
         committed = rates_for(load_artefact(job.artefact), self.args.size, job.tokens)  # of an earlier session
-        for rates in (self._tuned, committed):
-            if model in rates:
-                return rates.get(own, rates[model])
-        return None
+        names = [name for name in ("flowhn_no" if own else "", model) if name]
+        return next((rates[name] for name in names for rates in (self._tuned, committed) if name in rates), None)
 
     def finished(self, job: Job) -> bool:
         return (self.claims / f"{job.name}.done").exists()

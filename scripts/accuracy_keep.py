@@ -9,6 +9,7 @@ import shlex
 import sys
 import tarfile
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def keep(args: argparse.Namespace) -> None:
     """
     from flowhn.artefacts import load_artefact
     from flowhn.reporting.cells import pool
+    from flowhn.reporting.rates import with_table_rows
     from flowhn.reporting.record import find_records, write_record
 
     with tempfile.TemporaryDirectory() as folder:
@@ -88,6 +90,8 @@ def keep(args: argparse.Namespace) -> None:
     # Rows of Table 1 are compared in speed: those of the session that trained all ten stay, and a second measurement of
     # one of them (--extra flowhn_fac:0) does not replace it there. It is for the variants, which were timed beside it: in
     # beyond the newest measurement counts.
+    if args.replace:
+        before["table1"] = _at_the_new_rates(before["table1"], new("table1"))
     kept = {"table1": _merge(before["table1"], new("table1"), newest=trains)}
     kept["table1_lr"] = _merge(before["table1_lr"], new("table1_lr"), newest=True)
     tried = [record for record in before["beyond"] + new("beyond") if record.cell not in cells["table1"]]
@@ -104,7 +108,8 @@ def keep(args: argparse.Namespace) -> None:
             write_record(target / "records" / f"{cell}-s{seed}.json", record)
         sys.stdout.write(f"{name}: {len(new(name))} records of this session, {len(own)} in {target / 'records'}\n")
         if own:
-            _write_command(target, name, about)
+            tried = {cell for cell, _ in own} if name == "table1_lr" else set()
+            _write_command(target, name, about, models=[cell for cell in cells[name] if cell in tried])
     evals = into / "long_context" / args.setting / "evals"
     for result in results:
         evals.mkdir(parents=True, exist_ok=True)
@@ -114,10 +119,12 @@ def keep(args: argparse.Namespace) -> None:
     if results:
         _write_command(evals.parent, "long_context", about)
     if args.rates and new("table1_lr"):
-        if trains or not before["table1"]:
-            write_rates(Path(args.rates), list(kept["table1_lr"].values()))
+        tried = with_table_rows(list(kept["table1_lr"].values()), kept["table1"].values())
+        short = about["lr_tokens"] < about["tokens"]  # rates of whole runs are for those who read them to take up
+        if short and (trains or not before["table1"]):
+            write_rates(Path(args.rates), tried, about["tokens"])
         else:
-            _tell_rates(Path(args.rates), list(kept["table1_lr"].values()))
+            _tell_rates(Path(args.rates), tried, about["tokens"])
 
 
 def _about(args: argparse.Namespace, path: Path) -> dict[str, Any]:
@@ -136,13 +143,30 @@ def _merge(old: list[Any], new: list[Any], *, newest: bool) -> dict[tuple[str, i
     return kept
 
 
-def _write_command(folder: Path, name: str, about: dict[str, Any]) -> None:
-    """The words that plan an artefact; those that are there stay, for its first records were made by them."""
+def _at_the_new_rates(old: list[Any], new: list[Any]) -> list[Any]:
+    """Rows without those seeds of newly trained models that had another learning rate: they cannot be pooled."""
+    rates = {record.cell: record.config.get("lr") for record in new}
+    stay = [record for record in old if record.config.get("lr") == rates.get(record.cell, record.config.get("lr"))]
+    for record in old:
+        if record not in stay:
+            sys.stdout.write(f"table1: {record.cell} seed {record.seed} at {record.config.get('lr')} gives way\n")
+    return stay
+
+
+def _write_command(folder: Path, name: str, about: dict[str, Any], *, models: Sequence[str] = ()) -> None:
+    """The words that plan an artefact; those that are there stay, for its first records were made by them.
+
+    ``models``: the learning rates that were tried, where not all were.
+    """
+    from flowhn.artefacts import load_artefact
+
     path = folder / "command.txt"
     if path.exists():
         return
     tokens = about["lr_tokens"] if name == "table1_lr" else about["tokens"]
-    words = ["./reproduce.sh", name, f"size={about['size']}", f"budget={_short(tokens)}"]
+    words = ["./reproduce.sh", name]
+    words += [f"models=[{','.join(models)}]"] if models and len(models) < len(load_artefact(name).cells) else []
+    words += [f"size={about['size']}", f"budget={_short(tokens)}"]
     words += [] if name == "table1_lr" else ["val_points=10"]
     words += ["data=files", "data.path=TEXT", "data.val_path=VALID"]
     if name != "table1_lr":
@@ -174,11 +198,13 @@ def _short(tokens: int) -> str:
     return f"{tokens // 1_000_000}M" if tokens % 1_000_000 == 0 else str(tokens)
 
 
-def _tell_rates(path: Path, records: list[Any]) -> None:
+def _tell_rates(path: Path, records: list[Any], tokens: int) -> None:
     """Say which rates win that the table was not trained at: its rows and later seeds of them stay comparable."""
+    from flowhn.artefacts import load_artefact, rates_for
     from flowhn.reporting.rates import chosen_rates
 
-    rates = (yaml.safe_load(path.read_text(encoding="utf-8"))["lr"] or {}).get(records[0].size, {})
+    lr = yaml.safe_load(path.read_text(encoding="utf-8"))["lr"] or {}
+    rates = rates_for(replace(load_artefact("table1"), lr=lr), records[0].size, tokens)
     used = {**rates, "flowhn_no": rates.get("flowhn_no", rates.get("flowhn"))}
     won = {model: rate for model, rate in chosen_rates(records).items() if used.get(model) != rate}
     if won:
@@ -189,23 +215,37 @@ def _tell_rates(path: Path, records: list[Any]) -> None:
         )
 
 
-def write_rates(path: Path, records: list[Any]) -> None:
-    """Put the chosen rates into the ``lr`` line of ``configs/artefacts/table1.yaml``, beside those of other sizes."""
+def write_rates(path: Path, records: list[Any], tokens: int) -> None:
+    """Put the chosen rates into the ``lr`` line of ``configs/artefacts/table1.yaml``, beside those of other families, lengths and sizes.
+
+    Args:
+        tokens: the length of the runs that will take them.
+    """
     from flowhn.reporting.rates import chosen_rates
 
     text = path.read_text(encoding="utf-8")
     line = re.search(r"^lr:.*$", text, re.MULTILINE)
     if line is None:
         raise SystemExit(f"{path} has no line lr:")
-    rates = yaml.safe_load(line[0])["lr"] or {}
-    chosen = chosen_rates(records)
-    order = ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn", "flowhn_no")
-    rates[records[0].size] = {"max_tokens": MAX_TOKENS, **{model: chosen[model] for model in order if model in chosen}}
-    told = ", ".join(
-        f"{size}: {{{', '.join(f'{k}: {_plain(v)}' for k, v in own.items())}}}" for size, own in rates.items()
-    )
+    lr, size = yaml.safe_load(line[0])["lr"] or {}, records[0].size
+    known = lr.get(size, [])
+    tiers = sorted([known] if isinstance(known, dict) else known, key=lambda tier: tier["max_tokens"])
+    if not any(tokens <= tier["max_tokens"] for tier in tiers):
+        tiers.append({"max_tokens": max(MAX_TOKENS, tokens)})
+    tier = next(tier for tier in tiers if tokens <= tier["max_tokens"])
+    tier.update(chosen_rates(records))
+    order = ("max_tokens", "llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn", "flowhn_no")
+    lr[size] = [{key: tier[key] for key in order if key in tier} for tier in tiers]
+    told = ", ".join(f"{name}: {_inline(own)}" for name, own in lr.items())
     path.write_text(text.replace(line[0], f"lr: {{{told}}}"), encoding="utf-8")
     sys.stdout.write(f"{path}: {told}\n")
+
+
+def _inline(rates: Any) -> str:
+    """Rates of one length, or of several, as YAML on one line."""
+    if isinstance(rates, list):
+        return _inline(rates[0]) if len(rates) == 1 else f"[{', '.join(map(_inline, rates))}]"
+    return f"{{{', '.join(f'{key}: {_plain(value)}' for key, value in rates.items())}}}"
 
 
 def _plain(value: float) -> str:

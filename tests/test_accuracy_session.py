@@ -94,6 +94,10 @@ def test_no_split_s_own_rate_is_chosen_apart_and_the_earlier_records_count(tmp_p
     for record in fresh:
         write_record(tmp_path / "runs" / record.cell / "record.json", record)
     assert chosen_rates(session.lr_records()) == {"flowhn": 5e-4, "flowhn_no": 1e-3, "llama": 1e-3}
+    table = next(job for job in session.jobs if job.cell == "flowhn_no" and job.kind == "table")
+    assert session.rate(table) == 5e-4  # the committed one: not all rates of this session have been tried yet
+    for job in [job for job in session.jobs if job.is_rate]:
+        session.finish(job, 1.0)
     rates = {job.cell: session.rate(job) for job in session.jobs if job.kind == "table"}
     assert (rates["flowhn_no"], rates["flowhn_ae"], rates["flowhn_fac"], rates["llama"]) == (1e-3, 5e-4, 5e-4, 1e-3)
 
@@ -138,6 +142,21 @@ def test_a_session_of_some_rows_tries_their_rates_first_and_trains_them_before_t
     for wrong in (["--rows", "flowhn_none"], ["--tries", "flowhn_3e-3"]):
         with pytest.raises(UserError, match=f"{wrong[0]}={wrong[1]} is not one of"):
             accuracy_jobs.planned(accuracy_session.parse([*words, *wrong]))
+
+
+def test_a_session_that_tries_no_split_s_rate_alone_takes_it_for_no_split_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy_jobs, "COMMITTED", tmp_path / "none" / "table1_lr")
+    session = accuracy_jobs.Session(
+        options(
+            tmp_path, kinds="table", size="135m", tokens=60_000_000, rows="flowhn_no,flowhn_fac", tries="flowhn_no_1e-3"
+        )
+    )
+    record = replace(tried("flowhn", 1e-3, 4.2), cell="flowhn_no_1e-3", config={"lr": 1e-3, "choices": {"split": "no"}})
+    write_record(tmp_path / "runs" / "one" / "record.json", record)
+    for job in [job for job in session.jobs if job.is_rate]:
+        session.finish(job, 1.0)
+    rates = {job.cell: session.rate(job) for job in session.jobs if job.kind == "table"}
+    assert rates == {"flowhn_no": 1e-3, "flowhn_fac": 5e-4}
 
 
 def test_rows_of_table_1_are_rates_tried_where_text_seed_and_tokens_are_the_same():

@@ -471,6 +471,38 @@ def test_a_verdict_that_boolq_alone_decides_is_undecided():
     assert (row["verdict"], row["holds"]) == ("worse", "no")
 
 
+def by_task(cell: str, n: int = 1000, **shares: float):
+    """A record whose answers to a task are right in the first ``share`` of the questions; 0.4 where none is given."""
+    made = fake(cell)
+    for task in SIX:
+        text = ("1" * round(shares.get(task, 0.4) * n)).ljust(n, "0")
+        made.evaluation["tasks"][task] |= {"acc": text.count("1") / n, "correct": {"acc": text}}
+    return made
+
+
+def test_a_verdict_that_hangs_on_one_more_task_is_undecided():
+    other = by_task("flowhn_ae")
+    row = verdict([by_task("flowhn_fac", boolq=0.6, winogrande=0.5), other], "fac_over_ae_fa", "flowhn_ae")
+    assert row["rest_low"] > 0
+    assert (row["verdict"], row["holds"]) == ("better", "undecided (WinoGrande alone)")
+    row = verdict([by_task("flowhn_fac", piqa=0.5, winogrande=0.5), other], "fac_over_ae_fa", "flowhn_ae")
+    assert (row["verdict"], row["holds"]) == ("better", "yes")
+
+
+def test_the_best_of_many_is_judged_by_a_wider_interval():
+    """A lead that is one over a given model is none over the best of five, which chance alone may have put last."""
+    shares = dict.fromkeys(("piqa", "winogrande", "arc_easy"), 0.404)
+    others = [
+        by_task(cell) for cell in ("llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn_ae", "flowhn_fa")
+    ]
+    one = verdict([by_task("flowhn_no", **shares), by_task("flowhn_fac")], "no_over_fac", "flowhn_fac")
+    best = verdict([by_task("flowhn_no", **shares), by_task("flowhn_fac"), *others], "no_split_best", None)
+    assert best["difference"] == one["difference"]
+    assert best["low"] < one["low"] < one["high"] < best["high"]
+    assert "99.4 % (95 % for the best of 9)" in best["method"]
+    assert "95 %, mean" in one["method"]
+
+
 @pytest.mark.parametrize(
     ("fac", "expected", "holds"),
     [(4000, "better", "yes"), (2000, "better", "partly"), (1010, "within noise", "undecided"), (500, "worse", "no")],

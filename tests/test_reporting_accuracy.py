@@ -19,7 +19,7 @@ from flowhn.reporting.gap_figure import gap_figure
 from flowhn.reporting.long_context import long_context_figure, read_results, write_long_context
 from flowhn.reporting.reasons import at_equal_cost, depth_lines, equal_cost_lines, lack_lines
 from flowhn.reporting.record import write_record
-from flowhn.reporting.summary import accuracy_block
+from flowhn.reporting.summary import _with_records, accuracy_block
 from flowhn.reporting.verdicts import verdicts
 from test_reporting import fake, timed
 
@@ -258,10 +258,10 @@ def test_losses_are_read_where_fac_ends():
     assert frame.loc[("time", "flowhn_no"), "loss"] != frame.loc[("time", "flowhn_no"), "loss"]
     (text, _) = equal_cost_lines(records, "135m")
     assert (
-        "(10.0 s at its measured speed; loss 5.000): SHM 4.500, Llama 6.000 (ended); at equal time FAC_Split is not ahead of SHM."
-        in text
+        "(10.0 s at its measured speed; loss 5.000): Llama 6.000 (ended), SHM 4.500; at equal time FAC_Split is ahead of "
+        "Llama alone." in text
     )
-    assert "at equal FLOPs FAC_Split is ahead of all of them" in text  # SHM's 5.0 is no better than FAC's
+    assert "at equal FLOPs FAC_Split is ahead of Llama alone" in text  # SHM's 5.0 is as good as FAC's
     assert equal_cost_lines([ending("shm", 1.0, 1.0, 5.0, 4.0)], "135m") == []
 
 
@@ -296,6 +296,32 @@ def test_every_marker_of_the_gap_has_the_number_of_its_row():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(points)
 
 
+def test_a_variant_of_more_seeds_stands_in_the_figure_where_they_put_it():
+    more = [fake("flowhn_no", seed=1, loss=4.40), fake("fac_a", seed=1, loss=4.9, tps=950.0)]
+    frame = gap_table([*variants(), *more], size="135m", **GAP)
+    (axes,) = gap_figure(frame, **GAP).axes
+    heights = {line.get_label().split()[1]: line.get_ydata()[0] for line in axes.lines}
+    assert heights["fac_a"] == pytest.approx(4.65)  # a quarter of 4.70 to 4.50, not the half that seed 0 closes
+    assert heights["fac_b"] == pytest.approx(4.55)
+
+
+def test_the_goal_is_told_as_reached_or_not(tmp_path):
+    write_record(tmp_path / "table1" / "s" / "records" / "a.json", fake("flowhn_fac", acc=0.3))
+    for record in variants():
+        write_record(tmp_path / "beyond" / "s" / "records" / f"{record.cell}-{record.seed}.json", record)
+    assert "Half of the gap at 90 % of the speed: `fac_a`." in accuracy_block(tmp_path, "s", gap=GAP)
+    write_record(tmp_path / "beyond" / "s" / "records" / "fac_a-0.json", fake("fac_a", loss=4.61, tps=900.0))
+    assert "**None closes half of the gap at 90 % of the speed.**" in accuracy_block(tmp_path, "s", gap=GAP)
+
+
+def test_variants_of_the_largest_budget_stand_in_for_missing_ones(tmp_path):
+    for setting in ("135m-files-4M", "135m-files-100M", "135m-files-30M", "135m-docs-1B", "135m-files-laptop"):
+        (tmp_path / setting / "records").mkdir(parents=True)
+    assert _with_records(tmp_path, "135m-files-60M") == "135m-files-100M"
+    assert _with_records(tmp_path, "135m-files-4M") == "135m-files-4M"
+    assert _with_records(tmp_path, "1b-files-60M") == "1b-files-60M"
+
+
 def test_speeds_of_the_newest_code_stand_beside_those_of_the_training_runs(tmp_path):
     for cell in ("flowhn_fac", "llama"):
         write_record(tmp_path / "table1" / "s" / "records" / f"{cell}.json", timed(cell, 900.0, 1.0, 1.01, acc=0.4))
@@ -308,7 +334,7 @@ def test_speeds_of_the_newest_code_stand_beside_those_of_the_training_runs(tmp_p
         }  # fmt: skip
         write_bench_record(tmp_path / "figure4" / "h" / "records" / f"{cell}.json", record)
     text = accuracy_block(tmp_path, "s", gap=GAP)
-    assert "timed apart and by the newest code (ccccccc, NVIDIA H200): " in text
+    assert "timed apart (ccccccc, NVIDIA H200): " in text
     assert "FAC_Split's tokens/s over Llama's 0.998x" in text  # 1.00x would read as even
 
 

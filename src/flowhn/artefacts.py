@@ -39,11 +39,11 @@ class Artefact:
         suite: of ``long_context``: by size, overrides of ``configs/eval/long_context.yaml``.
         bench: for timed artefacts, with ``cells`` empty: ``case`` (of ``configs/bench``), ``counts`` (sizes to count). Their
             budget is ``gpu`` on a machine that has one, unless another is asked for.
-        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens, or a list of such, the shortest
-            runs first; ``flowhn_no`` is FlowHN with ``split=no`` alone (``flowhn_<split>`` wins over ``flowhn``).
+        lr: by size, the learning rate of each model for runs of at most ``max_tokens`` tokens, or a list of such for runs of
+            several lengths; ``flowhn_no`` is FlowHN with ``split=no`` alone (``flowhn_<split>`` wins over ``flowhn``).
         seeds: by size, the seeds of cells that are trained more than once.
-        like: the artefact whose ``lr`` and ``seeds`` hold here; ``lr_like`` takes its ``lr`` alone. Runs that are the same
-            there and here are then trained once.
+        like: the artefact whose ``lr`` and ``seeds`` hold here, beside its own seeds; ``lr_like`` takes its ``lr`` alone. Runs
+            that are the same there and here are then trained once.
         gap: ``of`` a cell ``to`` others in validation loss: the table says how much of it each row closes.
     """
 
@@ -92,7 +92,9 @@ def load_artefact(name: str) -> Artefact:
     artefact = Artefact(name=name, **OmegaConf.to_container(OmegaConf.load(known[name])))
     if artefact.like is not None:
         other = load_artefact(artefact.like)
-        artefact = replace(artefact, lr=other.lr, seeds=other.seeds)
+        sizes = {*other.seeds, *artefact.seeds}
+        seeds = {size: {**other.seeds.get(size, {}), **artefact.seeds.get(size, {})} for size in sizes}
+        artefact = replace(artefact, lr=other.lr, seeds=seeds)
     elif artefact.lr_like is not None:
         artefact = replace(artefact, lr=load_artefact(artefact.lr_like).lr)
     return artefact
@@ -190,7 +192,7 @@ def _size(overrides: Sequence[str]) -> str:
 def rates_for(artefact: Artefact, size: str, tokens: int) -> dict[str, float]:
     """The artefact's learning rates for runs of a size and budget, by model; empty where the size's own hold."""
     told = artefact.lr.get(size, [])
-    for rates in [told] if isinstance(told, dict) else told:
+    for rates in sorted([told] if isinstance(told, dict) else told, key=lambda rates: rates["max_tokens"]):
         if tokens <= rates["max_tokens"]:
             return {model: rate for model, rate in rates.items() if model != "max_tokens"}
     return {}

@@ -171,6 +171,7 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
     """
     from flowhn.reporting.ablations import write_ablation
     from flowhn.reporting.artefact import keep_records, write_artefact
+    from flowhn.reporting.record import find_records
     from flowhn.reporting.speeds import day_spreads
     from flowhn.run_branches import measure_runs
     from flowhn.run_long_context import measure_long_context
@@ -196,8 +197,9 @@ def _write(artefact: Artefact, runs: Plan, command: str) -> Path | None:
     else:
         expected = list(dict.fromkeys(run.config["cell"] for run in runs.wanted.values()))
         _count_overlap(config, folder)
+        table = find_records(folder.parent.parent / "table1" / folder.name) if artefact.name == "table1_lr" else []
         write_artefact(
-            records, folder, title=artefact.title, figures=artefact.figures, expected=expected,
+            records, folder, title=artefact.title, figures=artefact.figures, expected=expected, beside=table,
             tables=artefact.tables, gap=artefact.gap, days=day_spreads(Path("experiments")),
         )  # fmt: skip
     return folder

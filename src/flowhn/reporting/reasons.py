@@ -10,9 +10,10 @@ import pandas as pd
 
 from flowhn.reporting.cells import Cell, pool
 from flowhn.reporting.record import RunRecord
-from flowhn.reporting.style import long_name, name
+from flowhn.reporting.style import CELLS, long_name, name
 
-OURS, OTHERS = "flowhn_fac", ("shm", "flowhn_no", "llama")
+OURS = "flowhn_fac"
+OTHERS = tuple(cell for cell in CELLS if cell != OURS)
 AXES: dict[str, Callable[[Cell], float | None]] = {  # what a token costs on an axis
     "time": lambda cell: 1 / cell.tps if cell.tps else None,
     "FLOPs": lambda cell: cell.first.throughput["flops_per_token"],
@@ -60,8 +61,14 @@ def equal_cost_lines(records: Sequence[RunRecord], size: str) -> list[str]:
         losses = ", ".join(
             f"{name(row.cell)} {row.loss:.3f}{' (ended)' if row.ends else ''}" for row in part.itertuples()
         )
-        better = [name(cell) for cell in part.loc[part["loss"] < own, "cell"]]
-        ahead = "ahead of all of them" if not better else f"not ahead of {_and(better)}"
+        worse = [name(cell) for cell in part.loc[part["loss"] > own, "cell"]]
+        ahead = (
+            "ahead of all of them"
+            if len(worse) == len(part)
+            else f"ahead of {_and(worse) if worse else 'none of them'}"
+        )
+        if worse and len(worse) < len(part):
+            ahead += " alone"
         told.append(
             f"At the end of {name(OURS)}'s training ({where}; loss {own:.3f}): {losses}; at equal {axis} {name(OURS)} is {ahead}."
         )

@@ -20,7 +20,7 @@ from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.speeds import DaySpread, day_spreads, newest_speeds
 from flowhn.reporting.style import long_name, size_name
 from flowhn.reporting.tables import DASH, SLIP, table1
-from flowhn.reporting.verdicts import BIASED, BIASED_ALONE, INTERVAL, verdicts
+from flowhn.reporting.verdicts import BIASED, INTERVAL, verdicts
 
 _TIE = 0.01  # nats of validation loss: less than another seed changes
 
@@ -64,7 +64,9 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
     if (experiments / "long_context" / long / "long_context.png").is_file():
         which = f" ({long})" if long != setting else ""
         parts += [
-            f"Beyond the trained length{which}: [experiments/long_context](experiments/long_context/{long}/table.md)."
+            f"Beyond the trained length{which}: [experiments/long_context](experiments/long_context/{long}/table.md).",
+            "",
+            *_pictures(experiments, "long_context", long, {"long_context": "exact match and choice over length"}),
         ]
     return "\n".join([*parts, *adapter]).rstrip()
 
@@ -138,11 +140,14 @@ def _verdict_lines(records: Sequence[RunRecord], size: str, experiments: Path) -
             f"| {row['sentence']}{against} | {printed} | {ours} | {low} to {high} | {rest} | {row['verdict']}: {holds} |"
         )
     newer = _newer_speeds(records, size, experiments, frame)
+    judged = frame[(frame["quantity"] == "average") & (frame["verdict"] != "not testable")]
+    if len(judged) and not judged["holds"].isin(["yes", "no"]).any():
+        lines += ["", "**No claim on accuracy is decided at this budget.**"]
     return [*lines, "", *_caution(records, size), *_speed_caution(records, days), *newer]
 
 
 def _newer_speeds(records: Sequence[RunRecord], size: str, experiments: Path, frame: pd.DataFrame) -> list[str]:
-    """The same ratios of speed in figure 4, which was timed by newer code and in one run."""
+    """The same ratios of speed in figure 4, which was timed apart, by code of its own."""
     told = []
     own = sorted({str((record.git or {}).get("commit", "unknown"))[:7] for record in records})
     for device in _devices(records):
@@ -160,7 +165,7 @@ def _newer_speeds(records: Sequence[RunRecord], size: str, experiments: Path, fr
             told += [
                 "",
                 f"These are the speeds of the training runs themselves (code {', '.join(own)}). In "
-                f"[figure 4](experiments/figure4/README.md), timed apart and by the newest code ({commit_of(some)}, {device}): "
+                f"[figure 4](experiments/figure4/README.md), timed apart ({commit_of(some)}, {device}): "
                 f"{', '.join(ratios)}.",
             ]
     return told
@@ -198,15 +203,22 @@ def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
     return [
         f"BoolQ alone lies between {frame[BIASED].min():.1f} and {frame[BIASED].max():.1f} % (always no: 37.8, always yes: "
         f"62.2), the mean of the other five between {rest.min():.1f} and {rest.max():.1f} % (guessing: 35.0): a verdict that "
-        f"does not stand without BoolQ says little, and is marked {BIASED_ALONE}. By validation loss, best first: {order}.",
+        "does not stand without BoolQ, or over the others not without one of them too, says little and is marked as decided by "
+        f"that task alone. By validation loss, best first: {order}.",
     ]
 
 
 def _with_records(folder: Path, setting: str, *, name: str = "records") -> str:
-    """This setting where ``folder`` has it, else one of the same size and text at another budget (the setting's last word)."""
+    """This setting where ``folder`` has it, else that of its size and text with the largest budget (a setting's last word)."""
     stem = setting.rpartition("-")[0]
-    found = sorted(path.parent.name for path in folder.glob(f"{stem}-*/{name}")) if stem else []
-    return setting if (folder / setting / name).is_dir() or not found else found[-1]
+    found = [path.parent.name for path in folder.glob(f"{stem}-*/{name}")] if stem else []
+    return setting if (folder / setting / name).is_dir() or not found else max(found, key=_tokens)
+
+
+def _tokens(setting: str) -> int:
+    """The budget in a setting's name; 0 where its last word is none."""
+    number, unit = setting.rpartition("-")[2][:-1], setting[-1:].upper()
+    return int(number) * {"K": 10**3, "M": 10**6, "B": 10**9}.get(unit, 0) if number.isdecimal() else 0
 
 
 def _budget(records: Sequence[RunRecord]) -> str:
@@ -218,7 +230,9 @@ def _rates(experiments: Path, setting: str, records: Sequence[RunRecord]) -> lis
     stem = setting.rpartition("-")[0] or setting
     folders = sorted({setting, *(path.name for path in (experiments / "table1_lr").glob(f"{stem}-*"))})
     tried = [find_records(experiments / "table1_lr" / folder / "records") for folder in folders]
-    tried = sorted((runs for runs in tried if runs), key=lambda runs: runs[0].tokens)
+    tried = sorted(
+        (runs for runs in tried if runs and runs[0].tokens <= records[0].tokens), key=lambda runs: runs[0].tokens
+    )
     return [line for runs in tried for line in (*_rate_lines(runs, records), "")]
 
 
@@ -307,6 +321,12 @@ def _beyond(
             "",
         ]
     best = fast.iloc[0]
+    names = ", ".join(f"`{cell}`" for cell in tried[tried["reached"]]["cell"])
+    reached = (
+        f"Half of the gap at 90 % of the speed: {names}."
+        if names
+        else "**None closes half of the gap at 90 % of the speed.**"
+    )
     goal = goal_model(frame, list(gap["to"]))
     if goal is None:
         closed = "closes nothing, for no model is ahead,"
@@ -316,7 +336,7 @@ def _beyond(
             closed += f" in seed {best['seeds']} and {100 * best['closed']:.0f} % over seeds {best['own_seeds']},"
     return [
         f"Beyond the paper{when}: of {len(tried)} variants of FAC_Split, `{best['cell']}` has the lowest loss at 90 % of the "
-        f"speed or more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {link}",
+        f"speed or more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {reached} {link}",
         "",
         *_pictures(experiments, "beyond", setting, {"gap": "validation loss over speed of all variants"}),
     ]

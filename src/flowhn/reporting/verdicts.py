@@ -2,14 +2,16 @@
 
 A verdict is ``better``, ``worse``, ``within noise`` or ``not testable``: how the first model stands to the second one.
 ``holds`` says what that means for the claim: ``partly`` is the claimed direction without the
-claimed factor; ``undecided (BoolQ alone)`` a verdict on accuracy that does not stand over the other tasks.
+claimed factor; ``undecided (BoolQ alone)`` a verdict on accuracy that does not stand over the other tasks, and
+``undecided (WinoGrande alone)``, say, one that over these does not stand without that one.
 
 Accuracies are compared by their mean over the tasks. Where both models' records have the answers to each question, the
 interval is a paired bootstrap over the questions of each task (95 %, seeds pooled as the mean of their answers);
 otherwise it is the normal one from both standard errors, which ignores the pairing and is wider. Neither covers
-what another seed of the training would change. Speeds are compared by their ratio, with the spread that was measured:
-of both models' speeds within their runs and between their seeds, or between repeats of one cell on other days where
-that is more (:mod:`flowhn.reporting.speeds`).
+what another seed of the training would change. A model that is to be the best is compared with the best of k others by an
+interval of 1 - 5 %/k, so that picking the other by the same answers makes no verdict. Speeds are compared by their ratio,
+with the spread that was measured: of both models' speeds within their runs and between their seeds, or between repeats of
+one cell on other days where that is more (:mod:`flowhn.reporting.speeds`).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -25,14 +28,12 @@ from flowhn.reporting import paper
 from flowhn.reporting.cells import Cell, average_tasks, pool
 from flowhn.reporting.record import RunRecord
 from flowhn.reporting.speeds import DaySpread, ratio_band
-from flowhn.reporting.style import long_name, size_name, sizes_in_order
+from flowhn.reporting.style import long_name, size_name, sizes_in_order, task_name
 
 INTERVAL = "interval (accuracy: 95 %; speed: measured spread)"  # what to call low and high in a table
-BIASED_ALONE = "undecided (BoolQ alone)"
 BIASED = "boolq"  # yes or no: 62.2 % of its answers are yes
 _DRAWS = 10_000
 _CONFIDENCE = 0.95
-_Z = 1.96
 COLUMNS = (
     "claim", "size", "sentence", "first", "second", "quantity", "ours_first", "ours_second", "difference", "stderr",
     "low", "high", "claimed", "printed", "verdict", "holds", "method", "source", "rest", "rest_low", "rest_high",
@@ -98,7 +99,7 @@ def verdicts(
     ``ours_first, ours_second``, ``difference`` (points of accuracy, or the ratio for tps and mfu), its ``stderr``,
     ``low`` and ``high`` (the 95 % interval, or the measured spread of a ratio), ``claimed`` (factor), ``printed`` (the same
     figure from the paper's numbers at that size, or at the claim's first size for a size of ours), ``verdict``,
-    ``holds`` (yes, no, partly, undecided, undecided (BoolQ alone) or not testable), ``method`` and ``source``;
+    ``holds`` (yes, no, partly, undecided, undecided (<task> alone) or not testable), ``method`` and ``source``;
     ``rest, rest_low, rest_high``: the
     difference in accuracy without BoolQ, where both models' answers are on record.
 
@@ -128,8 +129,9 @@ def _judge(
         "source": claim.source,
     }
     row |= {"claimed": claim.factor, "first": claim.first}
+    rivals = 1
     if second == _ALL:
-        second, gaps = _best_other(claim.first, cells, claim.quantity)
+        second, gaps, rivals = _best_other(claim.first, cells, claim.quantity)
     else:
         gaps = ""
     row["second"] = second
@@ -143,7 +145,7 @@ def _judge(
     if reason:
         return row | _untestable(reason)
     if claim.quantity == "average":
-        judged = _compare_accuracy(first, other, cells)
+        judged = _compare_accuracy(first, other, cells, rivals)
     else:
         judged = _compare_speed(first, other, claim, days.get(str(first.first.device["name"])))
     if size not in claim.sizes:
@@ -155,8 +157,8 @@ def _judge(
     return row | judged
 
 
-def _best_other(first: str, cells: Mapping[str, Cell], quantity: str) -> tuple[str | None, str]:
-    """The other model of the paper with the highest value, and a remark on the models that could not be looked at."""
+def _best_other(first: str, cells: Mapping[str, Cell], quantity: str) -> tuple[str | None, str, int]:
+    """The other model of the paper with the highest value, a remark on those not looked at, and of how many it is the best."""
     others = [name for name in paper.table1()["cell"].unique() if name != first]
     tasks = average_tasks(cells.values())
 
@@ -170,7 +172,8 @@ def _best_other(first: str, cells: Mapping[str, Cell], quantity: str) -> tuple[s
     missing = [long_name(name) for name in others if name not in known]
     best = max(known, key=known.__getitem__) if known else None
     wanted = "an average" if quantity == "average" else quantity.upper()
-    return best, f"left out for want of {wanted}: {', '.join(missing)}" if missing else ""
+    told = f"left out for want of {wanted}: {', '.join(missing)}" if missing else ""
+    return best, told, max(1, len(known))
 
 
 def _unlike(first: Cell, second: Cell, quantity: str) -> str:
@@ -187,37 +190,60 @@ def _unlike(first: Cell, second: Cell, quantity: str) -> str:
     return "" if a.seq_len == b.seq_len else "measured at different sequence lengths"
 
 
-def _compare_accuracy(first: Cell, second: Cell, cells: Mapping[str, Cell]) -> dict[str, object]:
+def _compare_accuracy(first: Cell, second: Cell, cells: Mapping[str, Cell], rivals: int) -> dict[str, object]:
     tasks = average_tasks(cells.values())
     a, b = first.average(tasks), second.average(tasks)
     if a is None or b is None:
         return _untestable("a model was not evaluated on all tasks")
     difference = a[0] - b[0]
-    interval = paired_bootstrap(first, second, tasks)
+    confidence = 1 - (1 - _CONFIDENCE) / rivals
+    level = f"{100 * confidence:.3g} %" + (f" (95 % for the best of {rivals})" if rivals > 1 else "")
+    interval = paired_bootstrap(first, second, tasks, confidence=confidence)
     if interval is not None:
         error, low, high = interval
-        method = f"paired bootstrap over questions, 95 %, mean of {len(tasks)} tasks"
+        method = f"paired bootstrap over questions, {level}, mean of {len(tasks)} tasks"
     elif a[1] is None or b[1] is None:
         return _untestable("the records have no standard errors")
     else:
         error = sqrt(a[1] ** 2 + b[1] ** 2)
-        low, high = difference - _Z * error, difference + _Z * error
-        method = f"difference with both standard errors, 95 %, unpaired, mean of {len(tasks)} tasks"
+        z = NormalDist().inv_cdf((1 + confidence) / 2)
+        low, high = difference - z * error, difference + z * error
+        method = f"difference with both standard errors, {level}, unpaired, mean of {len(tasks)} tasks"
     verdict = "better" if low > 0 else "worse" if high < 0 else "within noise"
-    rest = _without_bias(first, second, tasks)
+    rest = _without_bias(first, second, tasks, confidence)
     holds = {"better": "yes", "worse": "no"}.get(verdict, "undecided")
-    if rest and not (rest["rest_low"] > 0 if verdict == "better" else rest["rest_high"] < 0):
-        holds = BIASED_ALONE if holds != "undecided" else holds
+    if rest and holds != "undecided" and (alone := _decided_by(first, second, tasks, verdict, rest, confidence)):
+        holds = f"undecided ({task_name(alone)} alone)"
     return rest | {
         "ours_first": a[0], "ours_second": b[0], "difference": difference, "stderr": error, "low": low, "high": high,
         "verdict": verdict, "holds": holds, "method": method,
     }  # fmt: skip
 
 
-def _without_bias(first: Cell, second: Cell, tasks: Sequence[str]) -> dict[str, float]:
+def _decided_by(
+    first: Cell, second: Cell, tasks: Sequence[str], verdict: str, rest: Mapping[str, float], confidence: float
+) -> str | None:
+    """BoolQ, where the verdict does not stand without it, or the other task that it then hangs on; None where it stands."""
+
+    def stands(low: float, high: float) -> bool:
+        return low > 0 if verdict == "better" else high < 0
+
+    if not stands(rest["rest_low"], rest["rest_high"]):
+        return BIASED
+    others = [task for task in tasks if task != BIASED]
+    for task in others if len(others) > 2 else ():
+        interval = paired_bootstrap(first, second, [one for one in others if one != task], confidence=confidence)
+        if interval is not None and not stands(*interval[1:]):
+            return task
+    return None
+
+
+def _without_bias(first: Cell, second: Cell, tasks: Sequence[str], confidence: float) -> dict[str, float]:
     """The same difference without BoolQ, where a model that has learnt nothing scores 38 to 62 % by its taste for no or yes."""
     others = [task for task in tasks if task != BIASED]
-    interval = paired_bootstrap(first, second, others) if len(others) not in (0, len(tasks)) else None
+    if len(others) in (0, len(tasks)):
+        return {}
+    interval = paired_bootstrap(first, second, others, confidence=confidence)
     if interval is None:
         return {}
     difference = first.average(others)[0] - second.average(others)[0]
@@ -225,9 +251,15 @@ def _without_bias(first: Cell, second: Cell, tasks: Sequence[str]) -> dict[str, 
 
 
 def paired_bootstrap(
-    first: Cell, second: Cell, tasks: Sequence[str], *, draws: int = _DRAWS, seed: int = 0
+    first: Cell,
+    second: Cell,
+    tasks: Sequence[str],
+    *,
+    confidence: float = _CONFIDENCE,
+    draws: int = _DRAWS,
+    seed: int = 0,
 ) -> tuple[float, float, float] | None:
-    """Standard error and 95 % interval (points) of the difference in mean accuracy over tasks.
+    """Standard error and interval (points) of the difference in mean accuracy over tasks.
 
     Questions are drawn with replacement within each task. None when a task lacks the answers to each question, or both
     models' answers differ in number. Always the same result for the same records.
@@ -242,7 +274,7 @@ def paired_bootstrap(
         values, counts = np.unique(np.round(np.subtract(a, b), 9), return_counts=True)
         total += rng.multinomial(len(a), counts / len(a), size=draws) @ values / len(a)
     means = 100 * total / len(tasks)
-    tail = (1 - _CONFIDENCE) / 2
+    tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(means.std()), float(low), float(high)
 
