@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -44,11 +46,6 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
                 markeredgecolor="black" if own else look.color, markeredgewidth=0.8, linestyle="none",
                 label=f"{number}  {style.long_name(row.cell)}  {row.height:.3f}",
             )  # fmt: skip
-            side = 1 if number % 2 else -1  # neighbours by loss are often near each other
-            axes.annotate(
-                str(number), (100 * row.speed, row.height), xytext=(5 * side, 4 * side), textcoords="offset points",
-                fontsize=6.5, ha="left" if side > 0 else "right", va="bottom" if side > 0 else "top",
-            )  # fmt: skip
         axes.margins(0.06)
         if ahead is not None and of in losses and ahead in losses:
             goal = losses[of] - GOAL * (losses[of] - losses[ahead])
@@ -66,6 +63,7 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
         figure.legend(
             loc="outside right center", frameon=False, title="Row, final loss", title_fontsize=7.5, fontsize=6.5
         )
+        _number(figure, axes, [(100 * row.speed, row.height) for row in frame.itertuples()])
         return style.save(figure, path)
 
 
@@ -74,3 +72,18 @@ def _height(row: Mapping[str, Any], losses: pd.Series, *, of: str, to: list[str]
     if ahead is None or row["own_seeds"] == row["seeds"] or is_reference(row["cell"], of=of, to=to):
         return float(row["val_loss"])
     return float(losses[of] - row["closed"] * (losses[of] - losses[ahead]))
+
+
+def _number(figure: Figure, axes: Axes, points: list[tuple[float, float]]) -> None:
+    """Number the points from 1, each label where it is farthest from the other points and the labels before it."""
+    figure.draw_without_rendering()  # the layout decides where points are
+    at = axes.transData.transform(points) * 72 / figure.dpi  # in points of print
+    taken = [tuple(point) for point in at]
+    sides = [(x, y) for x in (7, -7, 0) for y in (5, -5, 0, 9, -9) if x or abs(y) == 9]
+    for number, (point, place) in enumerate(zip(points, at, strict=True), start=1):
+        others = np.array([other for other in taken if other != tuple(place)] or [(1e9, 1e9)])
+        side = max(sides, key=lambda side: min(12.0, np.hypot(*(others - place - side).T).min()))
+        axes.annotate(
+            str(number), point, xytext=side, textcoords="offset points", fontsize=6.5, ha="center", va="center",
+        )  # fmt: skip
+        taken.append((place[0] + side[0], place[1] + side[1]))
