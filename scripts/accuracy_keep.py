@@ -89,9 +89,10 @@ def keep(args: argparse.Namespace) -> None:
         sys.stdout.write(f"table1 keeps its rows: this session did not come to {', '.join(missing)}\n")
     # Rows of Table 1 are compared in speed: those of the session that trained all ten stay, and a second measurement of
     # one of them (--extra flowhn_fac:0) does not replace it there. It is for the variants, which were timed beside it: in
-    # beyond the newest measurement counts.
-    if args.replace:
-        before["table1"] = _at_the_new_rates(before["table1"], new("table1"))
+    # beyond the newest measurement counts. Where rows are to replace theirs, seeds at another learning rate cannot be pooled with them.
+    gives_way = {name: _at_other_rates(before[name], new(name)) for name in ("table1", "beyond") if args.replace}
+    for name, old in gives_way.items():
+        before[name] = [record for record in before[name] if record not in old]
     kept = {"table1": _merge(before["table1"], new("table1"), newest=trains)}
     kept["table1_lr"] = _merge(before["table1_lr"], new("table1_lr"), newest=True)
     tried = [record for record in before["beyond"] + new("beyond") if record.cell not in cells["table1"]]
@@ -104,6 +105,9 @@ def keep(args: argparse.Namespace) -> None:
             pool(own.values(), size)
     for name, own in kept.items():
         target = into / name / folders[name]
+        gone = {(record.cell, record.seed) for record in gives_way.get(name, [])} - set(own)
+        for cell, seed in gone:
+            (target / "records" / f"{cell}-s{seed}.json").unlink(missing_ok=True)
         for (cell, seed), record in own.items():
             write_record(target / "records" / f"{cell}-s{seed}.json", record)
         sys.stdout.write(f"{name}: {len(new(name))} records of this session, {len(own)} in {target / 'records'}\n")
@@ -143,14 +147,10 @@ def _merge(old: list[Any], new: list[Any], *, newest: bool) -> dict[tuple[str, i
     return kept
 
 
-def _at_the_new_rates(old: list[Any], new: list[Any]) -> list[Any]:
-    """Rows without those seeds of newly trained models that had another learning rate: they cannot be pooled."""
+def _at_other_rates(old: list[Any], new: list[Any]) -> list[Any]:
+    """Rows of newly trained models that had another learning rate."""
     rates = {record.cell: record.config.get("lr") for record in new}
-    stay = [record for record in old if record.config.get("lr") == rates.get(record.cell, record.config.get("lr"))]
-    for record in old:
-        if record not in stay:
-            sys.stdout.write(f"table1: {record.cell} seed {record.seed} at {record.config.get('lr')} gives way\n")
-    return stay
+    return [record for record in old if record.cell in rates and record.config.get("lr") != rates[record.cell]]
 
 
 def _write_command(folder: Path, name: str, about: dict[str, Any], *, models: Sequence[str] = ()) -> None:

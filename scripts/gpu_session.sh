@@ -14,7 +14,8 @@
 #                                               LONGER_TOKENS=60000000 each, of which no run begins that would end later than LONGER_SECONDS=1500
 #                                               from this call's begin
 #   bash scripts/gpu_session.sh tables 590      calls 3 and 4: go on. The tables go on between calls, too
-#   bash scripts/gpu_session.sh longer 590      the same without the variants on the text of .data; LONGER_WORDS chooses what is trained
+#   bash scripts/gpu_session.sh longer 590      the same without the variants on the text of .data; LONGER_WORDS adds to what is trained;
+#                                               keep its records with --setting 135m-files-60M --replace
 #   bash scripts/gpu_session.sh probe 200       No_Split once more on as many tokens, at the learning rate in PROBE=flowhn_no_1e-3 (table1_lr)
 # Two GPUs: models are trained on GPU 0, then other cases than figure 4 are timed there and GPU tests run at the end; figure 4 is timed on GPU 1.
 #   bash scripts/gpu_session.sh packages        call 1, as above
@@ -34,6 +35,10 @@ out=${OUT:-outputs} site=${SITE:-/tmp/site} kept=${KEPT:-/tmp/kept} accuracy=/tm
 mkdir -p "$out" "$kept"
 # What may close half of FAC_Split's gap at 90 % of its speed, two seeds of it, and what was not tried yet.
 variants=fac_keys_rope_conv_gated_bf16,fac_keys_rope_conv_gated_bf16:1,fac_window
+# Of phase longer: FlowHN's rows at the better of the rates tried on runs as long, with second seeds, what may close half of the gap, long contexts.
+rows="--lr-tokens ${LONGER_TOKENS:-60000000} --tries flowhn_1e-3,flowhn_2e-3,flowhn_no_2e-3 --kinds table,seed,variant,long --long-seed 1"
+rows+=" --rows flowhn_fac,flowhn_no,flowhn_ae,flowhn_fa --variants fac_keys_rope_conv_gated_bf16,fac_mamba2_keys_rope_conv_gated_bf16"
+rows+=",fac_mamba2_keys_rope_conv_gated_bf16_shared,fac_keys_rope_conv_gated_bf16:1"
 left() { echo $((limit - ($(date +%s) - begun))); }
 
 if [ "$phase" = packages ]; then
@@ -106,6 +111,7 @@ fi
 longer=/tmp/longer half=$(($(nproc) / 2))
 if [ "$phase" = tables ] || [ "$phase" = longer ]; then
   words="--tokens ${LONGER_TOKENS:-60000000} --kinds table,seed"
+  [ "$phase" = tables ] || words+=" $rows"
   # The longer runs' data are prepared on cores of their own while the variants are trained, and nothing of them is compiled: that would use the GPU.
   if [ ! -e "$longer/daemon.pid" ]; then
     mkdir -p "$longer" "$longer-data" "$kept/longer"

@@ -152,10 +152,13 @@ def test_a_second_measurement_counts_in_beyond_and_the_table_keeps_its_own(tmp_p
 
 def test_rows_trained_anew_replace_theirs_alone_where_that_is_asked(tmp_path):
     first_session(tmp_path)
+    second_session(tmp_path)
+    assert ("flowhn_fac", 1) in kept(tmp_path, "table1")
     anew = [trained("flowhn_fac", day=27, lr=1e-3, tps=3000.0)]
     tried_long = replace(tried("flowhn", 1e-3, 4.0), cell="flowhn_1e-3", config={"lr": 1e-3, "tokens": 30_000_000})
-    come_home(tmp_path, [*anew, tried_long], ["--kinds", "table", "--replace", "--rates", ""], name="two")
+    come_home(tmp_path, [*anew, tried_long], ["--kinds", "table", "--replace", "--rates", ""], name="anew")
     rows = kept(tmp_path, "table1")
+    assert ("flowhn_fac", 1) not in rows  # it had another rate
     assert (rows["flowhn_fac", 0].throughput["tps"], rows["llama", 0].throughput["tps"]) == (3000.0, 1000.0)
     long = tmp_path / "experiments" / "table1_lr" / "135m-files-30M"
     assert [path.name for path in (long / "records").iterdir()] == ["flowhn_1e-3-s0.json"]
@@ -202,6 +205,25 @@ def test_a_probe_that_wins_later_changes_no_rate_that_rows_were_trained_at(tmp_p
     assert "flowhn_no 0.001 (the table: 0.0005)" in told[0]
     assert "flowhn 0.00025 (the table: 0.0005)" in told[0]
     assert {"flowhn_2.5e-4", "flowhn_no_1e-3"} <= {cell for cell, _ in kept(tmp_path, "table1_lr")}
+
+
+def test_rates_of_other_lengths_sizes_and_families_stay(tmp_path, capsys):
+    path = tmp_path / "table1.yaml"
+    tiers = "[{max_tokens: 1000, flowhn: 1.0e-3}, {max_tokens: 5000, flowhn: 5.0e-4, llama: 2.0e-3}]"
+    path.write_text(f"title: T\nlr: {{tiny: {{max_tokens: 10, shm: 1.0e-3}}, 135m: {tiers}}}\ncells: {{}}\n")
+    accuracy_keep.write_rates(path, [tried("llama", 1e-3, 5.0), tried("llama", 2e-3, 5.5)], 3000)
+    lr = yaml.safe_load(path.read_text())["lr"]
+    assert lr["tiny"] == {"max_tokens": 10, "shm": 1e-3}
+    assert lr["135m"] == [{"max_tokens": 1000, "flowhn": 1e-3}, {"max_tokens": 5000, "llama": 1e-3, "flowhn": 5e-4}]
+    before = path.read_text()
+    capsys.readouterr()
+    accuracy_keep._tell_rates(path, [tried("flowhn", 1e-3, 5.0)], 3000)
+    assert "flowhn 0.001 (the table: 0.0005)" in capsys.readouterr().out
+    accuracy_keep._tell_rates(path, [tried("flowhn", 1e-3, 5.0)], 900)
+    assert capsys.readouterr().out == ""
+    assert path.read_text() == before
+    accuracy_keep.write_rates(path, [tried("llama", 1e-3, 5.0)], 9000)
+    assert yaml.safe_load(path.read_text())["lr"]["135m"][2] == {"max_tokens": 100_000_000, "llama": 1e-3}
 
 
 def test_records_at_two_rates_are_refused_and_nothing_is_written(tmp_path):
