@@ -66,6 +66,7 @@ LATER_VARIANTS = (  # after the long contexts: they fell short, or only make a r
     "fac_keys_rope_conv_gated_bf16",
     "fac_gated",
     "fac_gated_shared",
+    "fac_keys_rope_conv_gated_bf16_shared",
     "fac_mamba2",
     "fac_mamba2_keys_rope_conv_gated_bf16",
     "fac_mamba2_keys_rope_conv_gated_bf16_shared",

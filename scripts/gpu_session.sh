@@ -37,8 +37,8 @@ mkdir -p "$out" "$kept"
 variants=fac_keys_rope_conv_gated_bf16,fac_keys_rope_conv_gated_bf16:1,fac_window
 # Of phase longer: FlowHN's rows at the better of the rates tried on runs as long, with second seeds, what may close half of the gap, long contexts.
 rows="--lr-tokens ${LONGER_TOKENS:-60000000} --tries flowhn_1e-3,flowhn_2e-3,flowhn_no_2e-3 --kinds table,seed,variant,long --long-seed 1"
-rows+=" --rows flowhn_fac,flowhn_no,flowhn_ae,flowhn_fa --variants fac_keys_rope_conv_gated_bf16,fac_mamba2_keys_rope_conv_gated_bf16"
-rows+=",fac_mamba2_keys_rope_conv_gated_bf16_shared,fac_keys_rope_conv_gated_bf16:1"
+rows+=" --rows flowhn_fac,flowhn_no,flowhn_ae,flowhn_fa --variants fac_keys_rope_conv_gated_bf16,fac_keys_rope_conv_gated_bf16_shared"
+rows+=",fac_keys_rope_conv_gated_bf16:1,fac_mamba2_keys_rope_conv_gated_bf16"
 left() { echo $((limit - ($(date +%s) - begun))); }
 
 if [ "$phase" = packages ]; then

@@ -69,6 +69,9 @@ _LOOKS = {
     "fac_bf16_residual": Look("FAC, residual in bf16", _GREY, "8", (0, (4, 1.5))),
     "fac_gated": Look("FAC, gated fusion", _SKY, "X", (0, (1, 1))),
     "fac_gated_shared": Look("FAC, gated fusion, a quarter of the tokens in both", _SKY, "P", "-"),
+    "fac_keys_rope_conv_gated_bf16_shared": Look(
+        "FAC, all keys, RoPE, conv, gated, bf16 residual, 1/16 in both", _GREY, "P", (0, (1, 1))
+    ),
     "fac_mamba2": Look("FAC, Mamba-2 branch", _PURPLE, "p", (0, (4, 1.5))),
     "fac_mamba2_keys_rope_conv_gated_bf16": Look(
         "FAC, Mamba-2, all keys, RoPE, conv, gated, bf16 residual", _PURPLE, "X", "-"
