@@ -75,6 +75,7 @@ def keep(args: argparse.Namespace) -> None:
     cells = {name: load_artefact(name).cells for name in ("table1", "table1_lr", "beyond")}
     rates = [record for record in records if record.cell in cells["table1_lr"]]
     about["lr_tokens"] = _budget(rates, about["lr_tokens"])
+    args.setting = args.setting or f"{about['size']}-files-{_short(about['tokens'])}"
     # Rates are tried at a budget of their own, and serve tables of several.
     stem = args.setting.rpartition("-")[0]
     folders = dict.fromkeys(cells, args.setting) | {"table1_lr": f"{stem}-{_short(about['lr_tokens'])}"}
@@ -94,7 +95,9 @@ def keep(args: argparse.Namespace) -> None:
     for name, old in gives_way.items():
         before[name] = [record for record in before[name] if record not in old]
     kept = {"table1": _merge(before["table1"], new("table1"), newest=trains)}
-    kept["table1_lr"] = _merge(before["table1_lr"], new("table1_lr"), newest=True)
+    # What a row that gives way had shown of its rate stays on record, beside those tried on runs as long.
+    shown = _as_tries(gives_way.get("table1", [])) if about["lr_tokens"] == about["tokens"] else []
+    kept["table1_lr"] = _merge(before["table1_lr"], [*shown, *new("table1_lr")], newest=True)
     tried = [record for record in before["beyond"] + new("beyond") if record.cell not in cells["table1"]]
     if tried:  # else there is nothing to compare
         # The rows to reach are those of Table 1, all seeds: a table needs a seed that all of its rows share.
@@ -121,8 +124,12 @@ def keep(args: argparse.Namespace) -> None:
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     sys.stdout.write(f"long_context: {len(results)} results\n")
     if results:
-        _write_command(evals.parent, "long_context", about)
-    if args.rates and new("table1_lr"):
+        asked = {json.loads(path.read_text(encoding="utf-8"))["cell"] for path in evals.glob("*.json")}
+        models = [cell for cell in load_artefact("long_context").cells if cell in asked]
+        _write_command(evals.parent, "long_context", about, models=models)
+    if args.rates and args.replace and trains:
+        write_rows_rates(Path(args.rates), list(kept["table1"].values()), about["tokens"])
+    elif args.rates and new("table1_lr"):
         tried = with_table_rows(list(kept["table1_lr"].values()), kept["table1"].values())
         short = about["lr_tokens"] < about["tokens"]  # rates of whole runs are for those who read them to take up
         if short and (trains or not before["table1"]):
@@ -156,12 +163,12 @@ def _at_other_rates(old: list[Any], new: list[Any]) -> list[Any]:
 def _write_command(folder: Path, name: str, about: dict[str, Any], *, models: Sequence[str] = ()) -> None:
     """The words that plan an artefact; those that are there stay, for its first records were made by them.
 
-    ``models``: the learning rates that were tried, where not all were.
+    ``models``: the cells that have a record, where a session may do some alone; then the words are written anew.
     """
     from flowhn.artefacts import load_artefact
 
     path = folder / "command.txt"
-    if path.exists():
+    if path.exists() and not models:
         return
     tokens = about["lr_tokens"] if name == "table1_lr" else about["tokens"]
     words = ["./reproduce.sh", name]
@@ -239,6 +246,56 @@ def write_rates(path: Path, records: list[Any], tokens: int) -> None:
     told = ", ".join(f"{name}: {_inline(own)}" for name, own in lr.items())
     path.write_text(text.replace(line[0], f"lr: {{{told}}}"), encoding="utf-8")
     sys.stdout.write(f"{path}: {told}\n")
+
+
+def write_rows_rates(path: Path, rows: list[Any], tokens: int) -> None:
+    """Make the rates of a table's rows those of runs of its length and longer; shorter runs keep theirs.
+
+    Args:
+        rows: the table's records.
+        tokens: asked for of each.
+    """
+    text = path.read_text(encoding="utf-8")
+    line = re.search(r"^lr:.*$", text, re.MULTILINE)
+    if line is None:
+        raise SystemExit(f"{path} has no line lr:")
+    lr, size = yaml.safe_load(line[0])["lr"] or {}, rows[0].size
+    known = lr.get(size, [])
+    tiers = sorted([known] if isinstance(known, dict) else known, key=lambda tier: tier["max_tokens"])
+    shorter = [tier for tier in tiers if tier["max_tokens"] < tokens]
+    longer = [tier for tier in tiers if tier["max_tokens"] >= tokens] or [{"max_tokens": max(MAX_TOKENS, tokens)}]
+    if len(longer[0]) > 1 and not any(tier["max_tokens"] == tokens - 1 for tier in shorter):
+        shorter.append({**longer[0], "max_tokens": tokens - 1})
+    own = {row.cell: float(row.config["lr"]) for row in rows if row.cell not in ("flowhn_ae", "flowhn_fa")}
+    own["flowhn"] = own.pop("flowhn_fac", longer[0].get("flowhn"))
+    longer[0] = {
+        key: value for key, value in {"max_tokens": longer[0]["max_tokens"], **own}.items() if value is not None
+    }
+    lr[size] = [*shorter, *longer]
+    told = ", ".join(f"{name}: {_inline(rates)}" for name, rates in lr.items())
+    path.write_text(text.replace(line[0], f"lr: {{{told}}}"), encoding="utf-8")
+    sys.stdout.write(f"{path}: {told}\n")
+
+
+def _as_tries(rows: list[Any]) -> list[Any]:
+    """Rows of Table 1 that stood for their family, seed 0, under the names that ``table1_lr`` has for their rates."""
+    from flowhn.artefacts import load_artefact
+    from flowhn.reporting.rates import family_tried
+
+    cells = load_artefact("table1_lr").cells
+    rates = {
+        cell: float(next(word for word in words if word.startswith("lr=")).partition("=")[2])
+        for cell, words in cells.items()
+    }
+    found = []
+    for row in rows:
+        name = next(
+            (cell for cell, rate in rates.items()
+             if cell.rpartition("_")[0] == family_tried(row.cell) and rate == row.config.get("lr")), None
+        )  # fmt: skip
+        if row.seed == 0 and name is not None:
+            found.append(replace(row, cell=name, artefact="table1_lr"))
+    return found
 
 
 def _inline(rates: Any) -> str:

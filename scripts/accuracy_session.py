@@ -2,7 +2,7 @@
 
     python scripts/accuracy_session.py daemon --work DIR ...    prepare, then one process per GPU; ends by itself at --seconds
     python scripts/accuracy_session.py pack --work DIR --out FILE.tgz    records (and long-context results) into one file
-    python scripts/accuracy_session.py keep FILE.tgz [--setting 135m-files-30M]    that file into experiments/, rates into table1.yaml
+    python scripts/accuracy_session.py keep FILE.tgz [--setting NAME]    that file into experiments/, rates into table1.yaml
 
 scripts/accuracy_session.sh calls it and holds the plan with its arithmetic. Jobs wait in one list, what matters most first: learning rates
 (table1_lr), the ten models, second seeds, FAC variants (beyond), long context. Each GPU takes the next job that is ready and fits into the time
@@ -309,7 +309,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         default=str(ROOT / "configs" / "artefacts" / "table1.yaml"),
         help="keep: where the rates go; empty: nowhere",
     )
-    parser.add_argument("--setting", default="135m-files-30M")
+    parser.add_argument(
+        "--setting", default="", help="keep: the folder's name; empty: size, files and the session's tokens"
+    )
     parser.add_argument("--seconds", type=float, default=800.0, help="no job is begun that would end later than this")
     parser.add_argument("--begun", type=float, default=time.time())
     parser.add_argument("--gpus", type=int, default=2)

@@ -15,7 +15,8 @@
 #                                               from this call's begin
 #   bash scripts/gpu_session.sh tables 590      calls 3 and 4: go on. The tables go on between calls, too
 #   bash scripts/gpu_session.sh longer 590      the same without the variants on the text of .data; LONGER_WORDS adds to what is trained;
-#                                               keep its records with --setting 135m-files-60M --replace
+#                                               LONGER_SECONDS=1680 fits all; on a fresh machine after a lost one, more, then longer with
+#                                               RECORDS=longer.tgz carried. At home: accuracy_session.py keep longer.tgz --replace
 #   bash scripts/gpu_session.sh probe 200       No_Split once more on as many tokens, at the learning rate in PROBE=flowhn_no_1e-3 (table1_lr)
 # Two GPUs: models are trained on GPU 0, then other cases than figure 4 are timed there and GPU tests run at the end; figure 4 is timed on GPU 1.
 #   bash scripts/gpu_session.sh packages        call 1, as above

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from flowhn import reproduce
-from flowhn.artefacts import artefact_files, load_artefact, plan_cells
+from flowhn.artefacts import artefact_files, load_artefact, plan_cells, rates_for
 from flowhn.config import compose, to_dict
 from flowhn.errors import UserError
 from flowhn.reporting.ablation_tables import notes, readable
@@ -53,7 +53,9 @@ def test_gpu_budgets_train_with_table1_s_rates_and_share_its_runs():
         load_artefact("table1"), [*words, "budget=30M", "models=[flowhn_no,flowhn_fac]", "seeds=[0]"]
     ).wanted
     ids = {run.run_id for run in table.values()}
-    assert {run.config["lr"] for run in table.values()} == {load_artefact("table1").lr["135m"]["flowhn"]}
+    assert {run.config["lr"] for run in table.values()} == {
+        rates_for(load_artefact("table1"), "135m", 30_000_000)["flowhn"]
+    }
     for name, cells in (("split", "no,fac"), ("ratio", "flops"), ("fusion", "no_concat_proj,fac_concat_proj")):
         runs = plan_cells(
             load_artefact(f"ablation_{name}"), [*words[1:], "budget=gpu", f"models=[{cells}]", "seeds=[0]"]

@@ -34,6 +34,7 @@ from flowhn.reporting.record import find_records, write_record  # noqa: E402
 from flowhn.reporting.summary import accuracy_block  # noqa: E402
 
 SETTING = "135m-files-30M"
+ONE_TIER = "{max_tokens: 100000000, llama: 1.0e-3, mamba2: 2.0e-3, shm: 1.0e-3, flowhn: 5.0e-4}"
 RATES = "135m-files-4M"  # learning rates lie by their own budget
 
 
@@ -48,7 +49,7 @@ def come_home(tmp_path: Path, records, words=(), results=(), name="one") -> argp
     args = accuracy_session.parse(["keep", str(tmp_path / "a.tgz"), "--work", str(work), *words])
     rates = tmp_path / "table1.yaml"
     if not rates.exists():
-        rates.write_text((ROOT / "configs/artefacts/table1.yaml").read_text())
+        rates.write_text(f"title: T\nlr: {{135m: {ONE_TIER}}}\ncells: {{}}\n")
     args = argparse.Namespace(
         **{
             **vars(args),
@@ -111,9 +112,9 @@ def test_what_comes_home_is_sorted_and_the_rates_are_written(tmp_path):
     told = json.loads((tmp_path / "experiments/long_context" / SETTING / "evals/flowhn_fac-s0.json").read_text())
     assert told["git"] == told["training"]["git"] == named
     table1 = yaml.safe_load(Path(args.rates).read_text())
-    before = yaml.safe_load((ROOT / "configs/artefacts/table1.yaml").read_text())["lr"]["135m"]
+    before = yaml.safe_load(ONE_TIER)
     assert table1["lr"]["135m"] == {**before, "llama": 2e-3, "flowhn": 1e-3}  # other families keep theirs
-    assert table1["cells"] == yaml.safe_load((ROOT / "configs/artefacts/table1.yaml").read_text())["cells"]
+    assert (table1["title"], table1["cells"]) == ("T", {})
 
 
 @pytest.mark.slow  # .ci/run runs it
@@ -151,22 +152,40 @@ def test_a_second_measurement_counts_in_beyond_and_the_table_keeps_its_own(tmp_p
 
 
 def test_rows_trained_anew_replace_theirs_alone_where_that_is_asked(tmp_path):
-    first_session(tmp_path)
+    args = first_session(tmp_path)
     second_session(tmp_path)
     assert ("flowhn_fac", 1) in kept(tmp_path, "table1")
+    before = yaml.safe_load(Path(args.rates).read_text())["lr"]["135m"]
     anew = [trained("flowhn_fac", day=27, lr=1e-3, tps=3000.0)]
     tried_long = replace(tried("flowhn", 1e-3, 4.0), cell="flowhn_1e-3", config={"lr": 1e-3, "tokens": 30_000_000})
-    come_home(tmp_path, [*anew, tried_long], ["--kinds", "table", "--replace", "--rates", ""], name="anew")
+    come_home(tmp_path, [*anew, tried_long], ["--kinds", "table", "--replace", "--lr-tokens", "30000000"], name="anew")
     rows = kept(tmp_path, "table1")
     assert ("flowhn_fac", 1) not in rows  # it had another rate
     assert (rows["flowhn_fac", 0].throughput["tps"], rows["llama", 0].throughput["tps"]) == (3000.0, 1000.0)
     long = tmp_path / "experiments" / "table1_lr" / "135m-files-30M"
-    assert [path.name for path in (long / "records").iterdir()] == ["flowhn_1e-3-s0.json"]
-    assert "budget=30M" in (long / "command.txt").read_text()
+    # The row that gave way stays as what it shows of its rate.
+    tries = {record.cell: record.config["lr"] for record in find_records(long / "records")}
+    assert tries == {"flowhn_1e-3": 1e-3, "flowhn_5e-4": 5e-4}
+    words = shlex.split((long / "command.txt").read_text())
+    assert words[1:5] == ["table1_lr", "models=[flowhn_5e-4,flowhn_1e-3]", "size=135m", "budget=30M"]
     assert len(kept(tmp_path, "table1_lr")) == 2
+    # What is written plans the rows as they are; shorter runs keep their rates.
+    shorter, own = yaml.safe_load(Path(args.rates).read_text())["lr"]["135m"]
+    assert shorter == {**before, "max_tokens": 29_999_999}
+    assert own == {
+        "max_tokens": 100_000_000,
+        **{cell: 5e-4 for cell in accuracy_jobs.LONGEST_FIRST[:7]},
+        "flowhn": 1e-3,
+    }
     short = replace(tried_long, cell="flowhn_2e-3", config={"lr": 2e-3, "tokens": 4_000_000})
     with pytest.raises(UserError, match="tried at 4,000,000 and 30,000,000 tokens"):
         come_home(tmp_path, [tried_long, short], name="three")
+
+
+def test_a_session_s_tokens_name_the_folder(tmp_path):
+    made = [trained(cell, tokens=60_030_976) for cell in accuracy_jobs.LONGEST_FIRST]
+    come_home(tmp_path, made, ["--kinds", "table", "--tokens", "60000000"])
+    assert [path.name for path in (tmp_path / "experiments" / "table1").iterdir()] == ["135m-files-60M"]
 
 
 def test_what_comes_home_says_what_plans_it(tmp_path):

@@ -484,7 +484,7 @@ def test_a_verdict_that_hangs_on_one_more_task_is_undecided():
     other = by_task("flowhn_ae")
     row = verdict([by_task("flowhn_fac", boolq=0.6, winogrande=0.5), other], "fac_over_ae_fa", "flowhn_ae")
     assert row["rest_low"] > 0
-    assert (row["verdict"], row["holds"]) == ("better", "undecided (WinoGrande alone)")
+    assert (row["verdict"], row["holds"]) == ("better", "undecided (BoolQ and WinoGrande)")
     row = verdict([by_task("flowhn_fac", piqa=0.5, winogrande=0.5), other], "fac_over_ae_fa", "flowhn_ae")
     assert (row["verdict"], row["holds"]) == ("better", "yes")
 

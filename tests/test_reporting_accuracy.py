@@ -230,7 +230,8 @@ def test_a_row_of_more_seeds_is_judged_by_all_of_them():
     assert frame.loc["fac_a", "closed"] == pytest.approx(0.25)  # (4.85 - 4.75) / (4.85 - 4.45)
     assert not frame.loc["fac_a", "reached"]
     shown = readable_gap(frame.reset_index(), **GAP).set_index("row")["to FlowHN No_Split, of all its seeds"]
-    assert (shown["fac_a"], shown["fac_b"]) == ("25 % (0, 1)", "")
+    assert (shown["fac_a"], shown["fac_b"]) == ("25 % at 92.5 % (0, 1)", "")
+    assert frame.loc["fac_a", "speed"] == pytest.approx(0.9)  # of seed 0
 
 
 def ending(cell, tps, flops, *losses, **changes):
@@ -296,13 +297,12 @@ def test_every_marker_of_the_gap_has_the_number_of_its_row():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(points)
 
 
-def test_a_variant_of_more_seeds_stands_in_the_figure_where_they_put_it():
+def test_a_variant_of_more_seeds_is_told_by_all_of_them_in_the_figure():
     more = [fake("flowhn_no", seed=1, loss=4.40), fake("fac_a", seed=1, loss=4.9, tps=950.0)]
-    frame = gap_table([*variants(), *more], size="135m", **GAP)
-    (axes,) = gap_figure(frame, **GAP).axes
-    heights = {line.get_label().split()[1]: line.get_ydata()[0] for line in axes.lines}
-    assert heights["fac_a"] == pytest.approx(4.65)  # a quarter of 4.70 to 4.50, not the half that seed 0 closes
-    assert heights["fac_b"] == pytest.approx(4.55)
+    (axes,) = gap_figure(gap_table([*variants(), *more], size="135m", **GAP), **GAP).axes
+    labels = {line.get_label().split()[1]: (line.get_label(), line.get_ydata()[0]) for line in axes.lines}
+    assert labels["fac_a"] == ("3  fac_a  4.600 (25 % over seeds 0, 1)", 4.6)
+    assert labels["fac_b"][0].endswith("4.550")
 
 
 def test_the_goal_is_told_as_reached_or_not(tmp_path):
@@ -314,12 +314,22 @@ def test_the_goal_is_told_as_reached_or_not(tmp_path):
     assert "**None closes half of the gap at 90 % of the speed.**" in accuracy_block(tmp_path, "s", gap=GAP)
 
 
-def test_variants_of_the_largest_budget_stand_in_for_missing_ones(tmp_path):
-    for setting in ("135m-files-4M", "135m-files-100M", "135m-files-30M", "135m-docs-1B", "135m-files-laptop"):
+def test_variants_of_another_budget_stand_beside_fewer_of_this_one(tmp_path):
+    cells = {
+        "135m-files-4M": "abc",
+        "135m-files-100M": "ab",
+        "135m-files-30M": "abc",
+        "135m-docs-1B": "abcd",
+        "135m-files-laptop": "a",
+    }
+    for setting, names in cells.items():
         (tmp_path / setting / "records").mkdir(parents=True)
-    assert _with_records(tmp_path, "135m-files-60M") == "135m-files-100M"
-    assert _with_records(tmp_path, "135m-files-4M") == "135m-files-4M"
-    assert _with_records(tmp_path, "1b-files-60M") == "1b-files-60M"
+        for cell in names:
+            (tmp_path / setting / "records" / f"{cell}-s0.json").write_text("{}")
+    assert _with_records(tmp_path, "135m-files-60M") == ["135m-files-30M"]  # of two with three rows the longer
+    assert _with_records(tmp_path, "135m-files-100M") == ["135m-files-100M", "135m-files-30M"]
+    assert _with_records(tmp_path, "135m-files-30M") == ["135m-files-30M"]
+    assert _with_records(tmp_path, "1b-files-60M") == []
 
 
 def test_speeds_of_the_newest_code_stand_beside_those_of_the_training_runs(tmp_path):

@@ -152,8 +152,8 @@ _VERDICT_NOTES = (
     "numbers.",
     "Without BoolQ: the same over the other tasks. A model that has learnt nothing scores 38 to 62 % on BoolQ, by whether "
     "it likes no or yes, and that alone can decide the average: where the verdict does not stand without it, the claim is "
-    "undecided (BoolQ alone); where it stands over the others, but not without one of them too, it is undecided by that one.",
-    "The best of all: the interval is wider (see the last column), because the model to beat was picked by the same answers.",
+    "undecided (BoolQ alone); where it stands over the others, but not without one of them too, undecided (BoolQ and that).",
+    "The best of all: the intervals are wider (see the last column), because the model to beat was picked by the same answers.",
     "Intervals cover the choice of questions, not what another training seed would change.",
 )
 

@@ -26,8 +26,8 @@ def gap_table(records: Iterable[RunRecord], *, size: str, of: str, to: list[str]
 
     Columns: ``cell, seeds`` (shared by all rows), ``lr, val_loss, closed_<name>`` (share of the gap to each model of
     ``to``; NaN where there is no gap), ``tps, speed`` (share of the speed of ``of``), ``average`` (accuracy in per cent),
-    ``own_seeds`` (those that this row, ``of`` and :func:`goal_model` have), ``closed`` (share of that gap over them) and
-    ``reached``: at least half of it at no less than 90 % of the speed.
+    ``own_seeds`` (those that this row, ``of`` and :func:`goal_model` have), ``closed`` (share of that gap over them),
+    ``own_speed`` (share of the speed over them) and ``reached``: at least half of it at no less than 90 % of the speed.
 
     Raises:
         UserError: no record of ``of``, no seed that all rows share, or records that cannot be pooled.
@@ -50,7 +50,8 @@ def gap_table(records: Iterable[RunRecord], *, size: str, of: str, to: list[str]
     own = {cell: _own(records, seeds_of, size, cell=cell, of=of, to=goal) for cell in frame["cell"]}
     frame["own_seeds"] = [", ".join(map(str, sorted(own[cell][0]))) for cell in frame["cell"]]
     frame["closed"] = [own[cell][1] for cell in frame["cell"]]
-    frame["reached"] = (frame["closed"] >= GOAL) & (frame["speed"] >= LEAST_SPEED)
+    frame["own_speed"] = [own[cell][2] for cell in frame["cell"]]
+    frame["reached"] = (frame["closed"] >= GOAL) & (frame["own_speed"] >= LEAST_SPEED)
     return frame.sort_values("val_loss", na_position="last").reset_index(drop=True)
 
 
@@ -65,13 +66,14 @@ def _row(cell: Cell, base: Cell, goals: Mapping[str, Cell | None], tasks: list[s
 
 def _own(
     records: list[RunRecord], seeds_of: Mapping[str, set[int]], size: str, *, cell: str, of: str, to: str | None
-) -> tuple[set[int], float]:
-    """The seeds that a row shares with the two models of its gap, and the share of the gap that it closes over them."""
+) -> tuple[set[int], float, float]:
+    """The seeds that a row shares with the two models of its gap; over them, the share of the gap closed and of the speed."""
     if to is None:
-        return set(), float("nan")
+        return set(), float("nan"), float("nan")
     seeds = seeds_of[cell] & seeds_of[of] & seeds_of[to]
     cells = pool([record for record in records if record.seed in seeds and record.cell in (cell, of, to)], size)
-    return seeds, _closed(cells[cell].val_loss, cells[of].val_loss, cells[to].val_loss)
+    speed = cells[cell].tps / cells[of].tps if cells[cell].tps and cells[of].tps else float("nan")
+    return seeds, _closed(cells[cell].val_loss, cells[of].val_loss, cells[to].val_loss), speed
 
 
 def _closed(loss: float | None, start: float | None, goal: float | None) -> float:
@@ -113,8 +115,8 @@ def readable_gap(frame: pd.DataFrame, *, of: str, to: list[str]) -> pd.DataFrame
         shown |= {f"gap to {long_name(name)} closed": percent(row[f"closed_{name}"]) for name in to}
         # One decimal: the verdict beside it is of the exact share, and 89.9 % is not 90 %.
         if more:
-            told = f"{percent(row['closed'])} ({row['own_seeds']})" if row["own_seeds"] != row["seeds"] else ""
-            shown |= {f"to {long_name(goal)}, of all its seeds": told}
+            told = f"{percent(row['closed'])} at {percent(row['own_speed'], 1)} ({row['own_seeds']})"
+            shown |= {f"to {long_name(goal)}, of all its seeds": told if row["own_seeds"] != row["seeds"] else ""}
         shown |= {"TPS": number(row["tps"], ",.0f"), f"speed beside {long_name(of)}": percent(row["speed"], 1)}
         shown |= {"average accuracy": number(row["average"], ".2f")}
         verdict = "–" if goal is None else "yes" if row["reached"] else "no"

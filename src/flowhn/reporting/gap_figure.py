@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from flowhn.reporting import style
-from flowhn.reporting.beyond import GOAL, LEAST_SPEED, goal_model, is_reference
+from flowhn.reporting.beyond import GOAL, LEAST_SPEED, goal_model
 
 
 def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: list[str]) -> Figure | None:
     """Validation loss over the share of the speed of ``of``, one marker for each row of a gap table.
 
-    Shaded: at least half of the gap to the first of ``to`` that is ahead, at no less than 90 % of the speed. A variant of more
-    seeds than all rows share stands where it closes what it closes over its own.
+    Shaded: at least half of the gap to the first of ``to`` that is ahead, at no less than 90 % of the speed. Rows stand where the
+    seeds that all share put them; what a row of more seeds closes over its own is told beside its name.
 
     Args:
         frame: as :func:`flowhn.reporting.beyond.gap_table` gives it.
@@ -35,16 +34,15 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
         return None
     looks = style.looks(frame["cell"])
     losses, ahead = frame.set_index("cell")["val_loss"], goal_model(frame, to)
-    frame = frame.assign(height=[_height(row, losses, of=of, to=to, ahead=ahead) for row in frame.to_dict("records")])
     with matplotlib.rc_context(style.FONT):
         figure = Figure(figsize=(style.WIDTH, 3.9), dpi=style.DPI, layout="constrained")
         axes = figure.subplots()
         for number, row in enumerate(frame.itertuples(), start=1):
             look, own = looks[row.cell], row.cell == of or row.cell in to
             axes.plot(
-                [100 * row.speed], [row.height], look.marker, color=look.color, markersize=9 if own else 6,
+                [100 * row.speed], [row.val_loss], look.marker, color=look.color, markersize=9 if own else 6,
                 markeredgecolor="black" if own else look.color, markeredgewidth=0.8, linestyle="none",
-                label=f"{number}  {style.long_name(row.cell)}  {row.height:.3f}",
+                label=f"{number}  {_label(row)}",
             )  # fmt: skip
         axes.margins(0.06)
         if ahead is not None and of in losses and ahead in losses:
@@ -63,15 +61,14 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
         figure.legend(
             loc="outside right center", frameon=False, title="Row, final loss", title_fontsize=7.5, fontsize=6.5
         )
-        _number(figure, axes, [(100 * row.speed, row.height) for row in frame.itertuples()])
+        _number(figure, axes, [(100 * row.speed, row.val_loss) for row in frame.itertuples()])
         return style.save(figure, path)
 
 
-def _height(row: Mapping[str, Any], losses: pd.Series, *, of: str, to: list[str], ahead: str | None) -> float:
-    """A row's loss; a variant's of more seeds at the share of the gap that it closes over them."""
-    if ahead is None or row["own_seeds"] == row["seeds"] or is_reference(row["cell"], of=of, to=to):
-        return float(row["val_loss"])
-    return float(losses[of] - row["closed"] * (losses[of] - losses[ahead]))
+def _label(row: Any) -> str:
+    """A row's name and loss; a variant's of more seeds with what it closes over them."""
+    told = f" ({100 * row.closed:.0f} % over seeds {row.own_seeds})" if row.own_seeds != row.seeds else ""
+    return f"{style.long_name(row.cell)}  {row.val_loss:.3f}{told}"
 
 
 def _number(figure: Figure, axes: Axes, points: list[tuple[float, float]]) -> None:

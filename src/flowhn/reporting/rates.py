@@ -59,6 +59,11 @@ def rate_table(records: Iterable[RunRecord]) -> pd.DataFrame:
     return frame.assign(_order=key).sort_values(["_order", "lr"]).drop(columns="_order").reset_index(drop=True)
 
 
+def family_tried(cell: str) -> str | None:
+    """What the rates tried with this row of Table 1 are called before the number; None where none were."""
+    return _TABLE_ROWS.get(cell)
+
+
 def with_table_rows(tried: Sequence[RunRecord], table: Iterable[RunRecord]) -> list[RunRecord]:
     """The runs that tried rates, and the rows of Table 1 that tried one more: the same model, size, seed, text and tokens."""
 

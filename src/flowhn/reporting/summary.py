@@ -14,7 +14,7 @@ from flowhn.reporting.ablation_tables import depth_table
 from flowhn.reporting.adapter import adapter_lines
 from flowhn.reporting.bench import commit_of
 from flowhn.reporting.beyond import gap_table, goal_model, is_reference
-from flowhn.reporting.rates import chosen_rates, rate_table, with_table_rows
+from flowhn.reporting.rates import FAMILIES, family_tried, rate_table, with_table_rows
 from flowhn.reporting.reasons import depth_lines, equal_cost_lines, lack_lines
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.speeds import DaySpread, day_spreads, newest_speeds
@@ -28,7 +28,7 @@ _TIE = 0.01  # nats of validation loss: less than another seed changes
 def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen: pd.DataFrame | None = None) -> str:
     """Markdown from ``experiments/{table1,beyond,long_context}/<setting>`` and the rates tried on as much text or less.
 
-    Parts without records are left out; variants and long contexts of another budget stand in for missing ones, which is told.
+    Parts without records are left out; variants and long contexts of another budget with more rows stand beside them, as such.
 
     Args:
         experiments: the folder; links are written relative to its parent.
@@ -53,15 +53,18 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
     ]
     parts += _rates(experiments, setting, records)
     parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen, depths=_depths(experiments))]
-    others = _with_records(experiments / "beyond", setting)
-    variants = _gap(experiments, others, size, gap)
-    told = _budget(find_records(experiments / "beyond" / others / "records")) if others != setting else ""
-    parts += lack_lines(variants, when=told)
+    variants = []
+    for folder in _with_records(experiments / "beyond", setting):
+        told = _budget(find_records(experiments / "beyond" / folder / "records")) if folder != setting else ""
+        variants.append((_gap(experiments, folder, size, gap), folder, told))
+    parts += next((lines for frame, _, told in variants if (lines := lack_lines(frame, when=told))), [])
     shown = {f"loss_vs_{axis.lower()}": f"validation loss over training {axis}" for axis in ("time", "FLOPs")}
     parts += _pictures(experiments, "table1", setting, shown)
-    parts += _beyond(variants, experiments, others, gap, when=told)
-    long = _with_records(experiments / "long_context", setting, name="evals")
-    if (experiments / "long_context" / long / "long_context.png").is_file():
+    for frame, folder, told in variants:
+        parts += _beyond(frame, experiments, folder, gap, when=told)
+    for long in _with_records(experiments / "long_context", setting, name="evals"):
+        if not (experiments / "long_context" / long / "long_context.png").is_file():
+            continue
         which = f" ({long})" if long != setting else ""
         parts += [
             f"Beyond the trained length{which}: [experiments/long_context](experiments/long_context/{long}/table.md).",
@@ -118,7 +121,7 @@ def _verdict_lines(records: Sequence[RunRecord], size: str, experiments: Path) -
     days = day_spreads(experiments)
     frame = verdicts(records, size=size, days=days)
     lines = [
-        f"| claim of the paper | printed | ours | {INTERVAL} | without BoolQ, 95 % | verdict |",
+        f"| claim of the paper | printed | ours | {INTERVAL} | without BoolQ | verdict |",
         "|---|---|---|---|---|---|",
     ]
     slips = {cell for cell, column in table1(records, size=size).attrs["slip_cells"] if column == "paper_average"}
@@ -203,16 +206,23 @@ def _caution(records: Sequence[RunRecord], size: str) -> list[str]:
     return [
         f"BoolQ alone lies between {frame[BIASED].min():.1f} and {frame[BIASED].max():.1f} % (always no: 37.8, always yes: "
         f"62.2), the mean of the other five between {rest.min():.1f} and {rest.max():.1f} % (guessing: 35.0): a verdict that "
-        "does not stand without BoolQ, or over the others not without one of them too, says little and is marked as decided by "
-        f"that task alone. By validation loss, best first: {order}.",
+        "does not stand without BoolQ, or not without BoolQ and one task more, says little and is marked by them. Where a model "
+        "is to be the best of all, both intervals are wider than 95 %, because the one to beat was picked by the same answers. "
+        f"By validation loss, best first: {order}.",
     ]
 
 
-def _with_records(folder: Path, setting: str, *, name: str = "records") -> str:
-    """This setting where ``folder`` has it, else that of its size and text with the largest budget (a setting's last word)."""
+def _with_records(folder: Path, setting: str, *, name: str = "records") -> list[str]:
+    """This setting where ``folder`` has it, and that of its size and text (all but the last word) with most rows, if more."""
     stem = setting.rpartition("-")[0]
     found = [path.parent.name for path in folder.glob(f"{stem}-*/{name}")] if stem else []
-    return setting if (folder / setting / name).is_dir() or not found else max(found, key=_tokens)
+    own = [setting] if (folder / setting / name).is_dir() else []
+
+    def rows(one: str) -> int:
+        return len({path.name.rpartition("-s")[0] for path in (folder / one / name).glob("*.json")})
+
+    others = sorted((one for one in found if one != setting), key=lambda one: (rows(one), _tokens(one)))
+    return own + [one for one in others[-1:] if not own or rows(one) > rows(setting)]
 
 
 def _tokens(setting: str) -> int:
@@ -248,19 +258,26 @@ def _rate_lines(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> lis
     ]
     if "flowhn" in set(frame["family"]):
         line += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate, not tried themselves."
-    chosen, others = chosen_rates(with_table_rows(tried, records)), {}
+    chosen, others = frame[frame["chosen"]].set_index("family")["lr"], {}
+    behind = []  # rows that were tried at a better rate of their own
     for record in records:
-        wanted, rate = chosen.get(record.cell, chosen.get(record.model)), float(record.config.get("lr", 0.0))
-        if wanted is not None and rate and rate != wanted:
-            others[long_name(record.cell)] = f"{rate:g}"
+        family = next(
+            (name for name, models in FAMILIES.items() if record.cell in models or record.model in models), None
+        )
+        family = record.cell if record.cell in chosen else family
+        wanted, rate = chosen.get(family), float(record.config.get("lr", 0.0))
+        if wanted is None or not rate or rate == wanted:
+            continue
+        others[long_name(record.cell)] = f"{rate:g}"
+        own = frame[(frame["family"] == family) & (frame["lr"] == rate)]["val_loss"]
+        best = frame[(frame["family"] == family) & frame["chosen"]]["val_loss"].iloc[0]
+        if at_length and family_tried(record.cell) and len(own) and own.iloc[0] > best + _TIE:
+            behind.append(long_name(record.cell))
     if others:
         told = ", ".join(f"{name} at {rate}" for name, rate in others.items())
         line += f" Of the table's rows, at another rate than the one {'best' if at_length else 'chosen'} here: {told}."
-        line += (
-            " **Their loss is higher than it need be by that**, and rows that share their rate were not tried at the better one."
-            if at_length
-            else ""
-        )
+    if behind:
+        line += f" **Higher in loss than need be, by its rate: {', '.join(dict.fromkeys(behind))}.**"
     return [line]
 
 

@@ -3,7 +3,7 @@
 A verdict is ``better``, ``worse``, ``within noise`` or ``not testable``: how the first model stands to the second one.
 ``holds`` says what that means for the claim: ``partly`` is the claimed direction without the
 claimed factor; ``undecided (BoolQ alone)`` a verdict on accuracy that does not stand over the other tasks, and
-``undecided (WinoGrande alone)``, say, one that over these does not stand without that one.
+``undecided (BoolQ and WinoGrande)``, say, one that stands without either, but not without both.
 
 Accuracies are compared by their mean over the tasks. Where both models' records have the answers to each question, the
 interval is a paired bootstrap over the questions of each task (95 %, seeds pooled as the mean of their answers);
@@ -99,7 +99,7 @@ def verdicts(
     ``ours_first, ours_second``, ``difference`` (points of accuracy, or the ratio for tps and mfu), its ``stderr``,
     ``low`` and ``high`` (the 95 % interval, or the measured spread of a ratio), ``claimed`` (factor), ``printed`` (the same
     figure from the paper's numbers at that size, or at the claim's first size for a size of ours), ``verdict``,
-    ``holds`` (yes, no, partly, undecided, undecided (<task> alone) or not testable), ``method`` and ``source``;
+    ``holds`` (yes, no, partly, undecided, undecided (<tasks>) or not testable), ``method`` and ``source``;
     ``rest, rest_low, rest_high``: the
     difference in accuracy without BoolQ, where both models' answers are on record.
 
@@ -213,7 +213,8 @@ def _compare_accuracy(first: Cell, second: Cell, cells: Mapping[str, Cell], riva
     rest = _without_bias(first, second, tasks, confidence)
     holds = {"better": "yes", "worse": "no"}.get(verdict, "undecided")
     if rest and holds != "undecided" and (alone := _decided_by(first, second, tasks, verdict, rest, confidence)):
-        holds = f"undecided ({task_name(alone)} alone)"
+        alone = f"{task_name(BIASED)} alone" if alone == BIASED else f"{task_name(BIASED)} and {task_name(alone)}"
+        holds = f"undecided ({alone})"
     return rest | {
         "ours_first": a[0], "ours_second": b[0], "difference": difference, "stderr": error, "low": low, "high": high,
         "verdict": verdict, "holds": holds, "method": method,
@@ -223,7 +224,7 @@ def _compare_accuracy(first: Cell, second: Cell, cells: Mapping[str, Cell], riva
 def _decided_by(
     first: Cell, second: Cell, tasks: Sequence[str], verdict: str, rest: Mapping[str, float], confidence: float
 ) -> str | None:
-    """BoolQ, where the verdict does not stand without it, or the other task that it then hangs on; None where it stands."""
+    """BoolQ, where the verdict does not stand without it, or the first task without which it then does not; else None."""
 
     def stands(low: float, high: float) -> bool:
         return low > 0 if verdict == "better" else high < 0

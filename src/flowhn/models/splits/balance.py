@@ -11,7 +11,7 @@ code uses the constant 0.59 T (``ratio=0.59`` gives exactly that); here it is so
 from __future__ import annotations
 
 from flowhn.errors import UserError
-from flowhn.models.splits.base import BranchCost, Ranges, Split, first_tokens
+from flowhn.models.splits.base import BranchCost, Ranges, Split, without_first
 
 
 def balanced_attention_tokens(n_tokens: int, cost: BranchCost, multiple_of: int = 1, n_shared: int = 0) -> int:
@@ -94,8 +94,8 @@ class FlopAware(Split):
         """How many of ``n_tokens`` tokens both branches see, where attention has so many."""
         return int(self.shared * n_tokens)
 
-    def shared_ranges(self, attn: Ranges, n_tokens: int) -> Ranges:
-        return first_tokens(attn, self.n_shared(n_tokens))
+    def alone_ranges(self, attn: Ranges, n_tokens: int) -> Ranges:
+        return without_first(attn, self.n_shared(n_tokens))
 
     def n_attention(self, n_tokens: int, cost: BranchCost) -> int:
         """How many of ``n_tokens`` tokens go to attention."""

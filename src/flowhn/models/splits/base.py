@@ -47,19 +47,14 @@ def joined(ranges: Iterable[tuple[int, int]]) -> Ranges:
     return tuple(result)
 
 
-def union(first: Ranges, second: Ranges) -> Ranges:
-    """Two disjoint lists of ranges as one."""
-    return joined(sorted([*first, *second]))
-
-
-def first_tokens(ranges: Ranges, n_tokens: int) -> Ranges:
-    """The first ``n_tokens`` tokens of ``ranges``, all of them where they have fewer."""
-    taken: list[tuple[int, int]] = []
+def without_first(ranges: Ranges, n_tokens: int) -> Ranges:
+    """``ranges`` without their first ``n_tokens`` tokens."""
+    rest: list[tuple[int, int]] = []
     for start, stop in ranges:
-        stop = min(stop, start + n_tokens - count(tuple(taken)))
-        if start < stop:
-            taken.append((start, stop))
-    return tuple(taken)
+        dropped = min(n_tokens, stop - start)
+        n_tokens -= dropped
+        rest.append((start + dropped, stop))
+    return joined(rest)
 
 
 def count(ranges: Ranges) -> int:
@@ -183,12 +178,14 @@ class TokenSplit:
             attn, ssm: from ``y_attn``'s or ``y_ssm``'s pieces to what a token of that branch alone becomes.
             both: from ``y_attn``'s and then ``y_ssm``'s pieces to what a shared token becomes.
         """
-        edges = sorted({0, self.n_tokens, *(edge for pair in (*self.attn, *self.ssm) for edge in pair)})
-        pieces = []
-        for start, stop in pairwise(edges):
+        edges = [edge for pair in (*self.attn, *self.ssm) for edge in pair]
+        pieces, start = [], 0
+        while start < self.n_tokens:
+            stop = min(edge for edge in edges if edge > start)  # a run of tokens that are in the same branches
             mine = [_piece(y, self.attn, start, stop) for y in y_attn] if _holds(self.attn, start) else []
             other = [_piece(y, self.ssm, start, stop) for y in y_ssm] if _holds(self.ssm, start) else []
             pieces.append(both(*mine, *other) if mine and other else attn(*mine) if mine else ssm(*other))
+            start = stop
         return torch.cat(pieces, dim=1)  # (B, T, D)
 
     def positions_attn(self, device: torch.device | str | None = None) -> Tensor:
@@ -235,9 +232,9 @@ class Split(ABC):
         """The SSM branch's ranges; every token that attention does not see unless a strategy says otherwise."""
         return complement(attn, n_tokens)
 
-    def shared_ranges(self, attn: Ranges, n_tokens: int) -> Ranges:
-        """Those of attention's tokens of one period that the SSM branch sees too; none unless a strategy says otherwise."""
-        return ()
+    def alone_ranges(self, attn: Ranges, n_tokens: int) -> Ranges:
+        """Those of attention's tokens of one period that attention alone sees; all of them unless a strategy says otherwise."""
+        return attn
 
     def __call__(self, n_tokens: int, layer_idx: int, cost: BranchCost) -> TokenSplit:
         """Routing of ``n_tokens`` tokens in block ``layer_idx``. Cached: forward passes ask again and again."""
@@ -292,9 +289,8 @@ class Split(ABC):
                 if offset + start < n_tokens
             )
 
-        attn = tiled(pattern)
-        ssm = union(self.ssm_ranges(attn, n_tokens), tiled(self.shared_ranges(pattern, period)))
-        return TokenSplit(n_tokens, attn, ssm)
+        ssm = self.ssm_ranges(tiled(self.alone_ranges(pattern, period)), n_tokens)
+        return TokenSplit(n_tokens, tiled(pattern), ssm)
 
     def __getstate__(self) -> dict[str, object]:
         # The cache is keyed by modules' bound methods: a copy or a pickle starts with an empty one.

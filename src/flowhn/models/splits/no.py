@@ -16,5 +16,5 @@ class NoSplit(Split):
     def attention_ranges(self, n_tokens: int, layer_idx: int, cost: BranchCost) -> Ranges:
         return ((0, n_tokens),)
 
-    def ssm_ranges(self, attn: Ranges, n_tokens: int) -> Ranges:
-        return attn
+    def ssm_ranges(self, alone: Ranges, n_tokens: int) -> Ranges:
+        return alone
