@@ -268,9 +268,7 @@ def write_rows_rates(path: Path, rows: list[Any], tokens: int) -> None:
         shorter.append({**longer[0], "max_tokens": tokens - 1})
     own = {row.cell: float(row.config["lr"]) for row in rows if row.cell not in ("flowhn_ae", "flowhn_fa")}
     own["flowhn"] = own.pop("flowhn_fac", longer[0].get("flowhn"))
-    longer[0] = {
-        key: value for key, value in {"max_tokens": longer[0]["max_tokens"], **own}.items() if value is not None
-    }
+    longer[0] = {key: value for key, value in {**longer[0], **own}.items() if value is not None}
     lr[size] = [*shorter, *longer]
     told = ", ".join(f"{name}: {_inline(rates)}" for name, rates in lr.items())
     path.write_text(text.replace(line[0], f"lr: {{{told}}}"), encoding="utf-8")
