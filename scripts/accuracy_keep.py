@@ -9,7 +9,7 @@ import shlex
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from accuracy_jobs import ABOUT
 
+Tier = dict[str, Any]  # learning rates by model, of runs of at most ``max_tokens``
 MAX_TOKENS = 100_000_000  # longest run that rates tried at a few million tokens are taken for
 
 
@@ -230,22 +231,10 @@ def write_rates(path: Path, records: list[Any], tokens: int) -> None:
     """
     from flowhn.reporting.rates import chosen_rates
 
-    text = path.read_text(encoding="utf-8")
-    line = re.search(r"^lr:.*$", text, re.MULTILINE)
-    if line is None:
-        raise SystemExit(f"{path} has no line lr:")
-    lr, size = yaml.safe_load(line[0])["lr"] or {}, records[0].size
-    known = lr.get(size, [])
-    tiers = sorted([known] if isinstance(known, dict) else known, key=lambda tier: tier["max_tokens"])
-    if not any(tokens <= tier["max_tokens"] for tier in tiers):
-        tiers.append({"max_tokens": max(MAX_TOKENS, tokens)})
-    tier = next(tier for tier in tiers if tokens <= tier["max_tokens"])
-    tier.update(chosen_rates(records))
-    order = ("max_tokens", "llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn", "flowhn_no")
-    lr[size] = [{key: tier[key] for key in order if key in tier} for tier in tiers]
-    told = ", ".join(f"{name}: {_inline(own)}" for name, own in lr.items())
-    path.write_text(text.replace(line[0], f"lr: {{{told}}}"), encoding="utf-8")
-    sys.stdout.write(f"{path}: {told}\n")
+    def change(shorter: list[Tier], tier: Tier, longer: list[Tier]) -> list[Tier]:
+        return [*shorter, {**tier, **chosen_rates(records)}, *longer]
+
+    _change_tiers(path, records[0].size, tokens, change)
 
 
 def write_rows_rates(path: Path, rows: list[Any], tokens: int) -> None:
@@ -255,22 +244,39 @@ def write_rows_rates(path: Path, rows: list[Any], tokens: int) -> None:
         rows: the table's records.
         tokens: asked for of each.
     """
+    names = {"flowhn_fac": "flowhn"}  # whose rate AE_Split and FA_Split have
+    own = {names.get(row.cell, row.cell): float(row.config["lr"]) for row in rows}
+    own = {model: rate for model, rate in own.items() if model not in ("flowhn_ae", "flowhn_fa")}
+
+    def change(shorter: list[Tier], tier: Tier, longer: list[Tier]) -> list[Tier]:
+        cut = len(tier) > 1 and not any(one["max_tokens"] == tokens - 1 for one in shorter)
+        return [*shorter, *([{**tier, "max_tokens": tokens - 1}] if cut else []), {**tier, **own}, *longer]
+
+    _change_tiers(path, rows[0].size, tokens, change)
+
+
+def _change_tiers(
+    path: Path, size: str, tokens: int, change: Callable[[list[Tier], Tier, list[Tier]], list[Tier]]
+) -> None:
+    """Rewrite a size's rates in the one line ``lr:`` of a file.
+
+    Args:
+        tokens: the length whose rates change.
+        change: from the rates of shorter runs, those of this length (of none but ``max_tokens`` where it had none) and those of
+            longer ones to all of them.
+    """
     text = path.read_text(encoding="utf-8")
     line = re.search(r"^lr:.*$", text, re.MULTILINE)
     if line is None:
         raise SystemExit(f"{path} has no line lr:")
-    lr, size = yaml.safe_load(line[0])["lr"] or {}, rows[0].size
+    lr = yaml.safe_load(line[0])["lr"] or {}
     known = lr.get(size, [])
     tiers = sorted([known] if isinstance(known, dict) else known, key=lambda tier: tier["max_tokens"])
     shorter = [tier for tier in tiers if tier["max_tokens"] < tokens]
-    longer = [tier for tier in tiers if tier["max_tokens"] >= tokens] or [{"max_tokens": max(MAX_TOKENS, tokens)}]
-    if len(longer[0]) > 1 and not any(tier["max_tokens"] == tokens - 1 for tier in shorter):
-        shorter.append({**longer[0], "max_tokens": tokens - 1})
-    own = {row.cell: float(row.config["lr"]) for row in rows if row.cell not in ("flowhn_ae", "flowhn_fa")}
-    own["flowhn"] = own.pop("flowhn_fac", longer[0].get("flowhn"))
-    longer[0] = {key: value for key, value in {**longer[0], **own}.items() if value is not None}
-    lr[size] = [*shorter, *longer]
-    told = ", ".join(f"{name}: {_inline(rates)}" for name, rates in lr.items())
+    tier, *longer = tiers[len(shorter) :] or [{"max_tokens": max(MAX_TOKENS, tokens)}]
+    order = ("max_tokens", "llama", "mamba1", "mamba2", "jamba", "shm", "hymba", "flowhn", "flowhn_no")
+    lr[size] = [{key: one[key] for key in order if key in one} for one in change(shorter, tier, longer)]
+    told = ", ".join(f"{name}: {_inline(own)}" for name, own in lr.items())
     path.write_text(text.replace(line[0], f"lr: {{{told}}}"), encoding="utf-8")
     sys.stdout.write(f"{path}: {told}\n")
 

@@ -8,21 +8,20 @@ from typing import Any
 
 import pandas as pd
 
+from flowhn.errors import UserError
 from flowhn.reporting import paper, style
 from flowhn.reporting.ablation_answers import depth_answer
 from flowhn.reporting.ablation_tables import depth_table
 from flowhn.reporting.adapter import adapter_lines
 from flowhn.reporting.bench import commit_of
 from flowhn.reporting.beyond import gap_table, goal_model, is_reference
-from flowhn.reporting.rates import FAMILIES, family_tried, rate_table, with_table_rows
+from flowhn.reporting.rate_lines import rate_lines
 from flowhn.reporting.reasons import depth_lines, equal_cost_lines, lack_lines
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.speeds import DaySpread, day_spreads, newest_speeds
 from flowhn.reporting.style import long_name, size_name
 from flowhn.reporting.tables import DASH, SLIP, table1
 from flowhn.reporting.verdicts import BIASED, INTERVAL, verdicts
-
-_TIE = 0.01  # nats of validation loss: less than another seed changes
 
 
 def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen: pd.DataFrame | None = None) -> str:
@@ -51,7 +50,7 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
         *_verdict_lines(records, size, experiments),
         "",
     ]
-    parts += _rates(experiments, setting, records)
+    parts += rate_lines(experiments, setting, records)
     parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen, depths=_depths(experiments))]
     variants = []
     for folder in _with_records(experiments / "beyond", setting):
@@ -227,74 +226,16 @@ def _with_records(folder: Path, setting: str, *, name: str = "records") -> list[
 
 def _tokens(setting: str) -> int:
     """The budget in a setting's name; 0 where its last word is none."""
-    number, unit = setting.rpartition("-")[2][:-1], setting[-1:].upper()
-    return int(number) * {"K": 10**3, "M": 10**6, "B": 10**9}.get(unit, 0) if number.isdecimal() else 0
+    from flowhn.config import parse_tokens
+
+    try:
+        return parse_tokens(setting.rpartition("-")[2], {})
+    except UserError:
+        return 0
 
 
 def _budget(records: Sequence[RunRecord]) -> str:
     return f", at {records[0].tokens:,} tokens and its learning rates" if records else ""
-
-
-def _rates(experiments: Path, setting: str, records: Sequence[RunRecord]) -> list[str]:
-    """What rates were tried, the shortest runs first, and which rows of the table (``records``) were trained at another."""
-    stem = setting.rpartition("-")[0] or setting
-    folders = sorted({setting, *(path.name for path in (experiments / "table1_lr").glob(f"{stem}-*"))})
-    tried = [find_records(experiments / "table1_lr" / folder / "records") for folder in folders]
-    tried = sorted(
-        (runs for runs in tried if runs and runs[0].tokens <= records[0].tokens), key=lambda runs: runs[0].tokens
-    )
-    return [line for runs in tried for line in (*_rate_lines(runs, records), "")]
-
-
-def _rate_lines(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> list[str]:
-    frame = rate_table(with_table_rows(tried, records))
-    tokens = int(frame["tokens"].iloc[0])
-    at_length = tokens == records[0].tokens
-    told = ", ".join(_rate(frame[frame["family"] == family], losses=at_length) for family in frame["family"].unique())
-    other = " of another selection of text" if tried[0].data.get("sha256") != records[0].data.get("sha256") else ""
-    line = f"Learning rates, {'the lowest loss' if at_length else 'chosen'} per family at {tokens:,} tokens{other}: {told}."
-    heirs = [
-        long_name(f"flowhn_{split}") for split in ("no", "ae", "fa") if f"flowhn_{split}" not in set(frame["family"])
-    ]
-    if "flowhn" in set(frame["family"]):
-        line += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate, not tried themselves."
-    chosen, others = frame[frame["chosen"]].set_index("family")["lr"], {}
-    behind = []  # rows that were tried at a better rate of their own
-    for record in records:
-        family = next(
-            (name for name, models in FAMILIES.items() if record.cell in models or record.model in models), None
-        )
-        family = record.cell if record.cell in chosen else family
-        wanted, rate = chosen.get(family), float(record.config.get("lr", 0.0))
-        if wanted is None or not rate or rate == wanted:
-            continue
-        others[long_name(record.cell)] = f"{rate:g}"
-        own = frame[(frame["family"] == family) & (frame["lr"] == rate)]["val_loss"]
-        best = frame[(frame["family"] == family) & frame["chosen"]]["val_loss"].iloc[0]
-        if at_length and family_tried(record.cell) and len(own) and own.iloc[0] > best + _TIE:
-            behind.append(long_name(record.cell))
-    if others:
-        told = ", ".join(f"{name} at {rate}" for name, rate in others.items())
-        line += f" Of the table's rows, at another rate than the one {'best' if at_length else 'chosen'} here: {told}."
-    if behind:
-        line += f" **Higher in loss than need be, by its rate: {', '.join(dict.fromkeys(behind))}.**"
-    return [line]
-
-
-def _rate(tried: pd.DataFrame, *, losses: bool = False) -> str:
-    """The chosen rate of a family, and what a reader must know of it: the edge of what was tried, a tie, or all losses."""
-    chosen = tried[tried["chosen"]]
-    if not len(chosen):
-        return f"{tried['family'].iloc[0]} none"
-    row = chosen.iloc[0]
-    ties = tried[~tried["chosen"] & (tried["val_loss"] < row["val_loss"] + _TIE)]
-    all_losses = ", ".join(f"{row.lr:g}: {row.val_loss:.3f}" for row in tried.sort_values("lr").itertuples())
-    rates = ", ".join(f"{rate:g}" for rate in sorted(tried["lr"].unique()))
-    remarks = [f"validation losses {all_losses}" if losses else f"of {rates}"]
-    remarks += ["the highest tried"] if row["lr"] == tried["lr"].max() else []
-    remarks += ["the lowest tried"] if row["lr"] == tried["lr"].min() and len(tried) > 1 else []
-    remarks += [f"{rate:g} is within {_TIE:g} nats" for rate in ties["lr"]]
-    return f"{row['family']} {row['lr']:g} ({'; '.join(remarks)})"
 
 
 def _pictures(experiments: Path, artefact: str, setting: str, names: dict[str, str]) -> list[str]:
