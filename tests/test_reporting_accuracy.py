@@ -315,17 +315,13 @@ def test_the_goal_is_told_as_reached_or_not(tmp_path):
 
 
 def test_variants_of_another_budget_stand_beside_fewer_of_this_one(tmp_path):
-    cells = {
-        "135m-files-4M": "abc",
-        "135m-files-100M": "ab",
-        "135m-files-30M": "abc",
-        "135m-docs-1B": "abcd",
-        "135m-files-laptop": "a",
-    }
-    for setting, names in cells.items():
+    settings = {"135m-files-4M": ("abc", 4), "135m-files-100M": ("ab", 100), "135m-files-30M": ("abc", 30)}
+    settings["135m-docs-1B"] = ("abcd", 1000)
+    for setting, (names, millions) in settings.items():
         (tmp_path / setting / "records").mkdir(parents=True)
         for cell in names:
-            (tmp_path / setting / "records" / f"{cell}-s0.json").write_text("{}")
+            record = {"tokens": millions * 10**6}
+            (tmp_path / setting / "records" / f"{cell}-s0.json").write_text(json.dumps(record))
     assert _with_records(tmp_path, "135m-files-60M") == ["135m-files-30M"]  # of two with three rows the longer
     assert _with_records(tmp_path, "135m-files-100M") == ["135m-files-100M", "135m-files-30M"]
     assert _with_records(tmp_path, "135m-files-30M") == ["135m-files-30M"]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from flowhn.errors import UserError
 from flowhn.reporting import paper, style
 from flowhn.reporting.ablation_answers import depth_answer
 from flowhn.reporting.ablation_tables import depth_table
@@ -220,18 +220,12 @@ def _with_records(folder: Path, setting: str, *, name: str = "records") -> list[
     def rows(one: str) -> int:
         return len({path.name.rpartition("-s")[0] for path in (folder / one / name).glob("*.json")})
 
-    others = sorted((one for one in found if one != setting), key=lambda one: (rows(one), _tokens(one)))
+    def tokens(one: str) -> int:
+        contents = (json.loads(path.read_text(encoding="utf-8")) for path in (folder / one / name).glob("*.json"))
+        return max((content.get("tokens", 0) for content in contents), default=0)
+
+    others = sorted((one for one in found if one != setting), key=lambda one: (rows(one), tokens(one)))
     return own + [one for one in others[-1:] if not own or rows(one) > rows(setting)]
-
-
-def _tokens(setting: str) -> int:
-    """The budget in a setting's name; 0 where its last word is none."""
-    from flowhn.config import parse_tokens
-
-    try:
-        return parse_tokens(setting.rpartition("-")[2], {})
-    except UserError:
-        return 0
 
 
 def _budget(records: Sequence[RunRecord]) -> str:
