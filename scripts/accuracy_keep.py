@@ -116,7 +116,7 @@ def keep(args: argparse.Namespace) -> None:
             write_record(target / "records" / f"{cell}-s{seed}.json", record)
         sys.stdout.write(f"{name}: {len(new(name))} records of this session, {len(own)} in {target / 'records'}\n")
         if own:
-            tried = {cell for cell, _ in own} if name == "table1_lr" else set()
+            tried = {cell for cell, _ in own} if name in ("table1_lr", "beyond") else set()
             _write_command(target, name, about, models=[cell for cell in cells[name] if cell in tried])
     evals = into / "long_context" / args.setting / "evals"
     for result in results:

@@ -266,6 +266,31 @@ def test_losses_are_read_where_fac_ends():
     assert equal_cost_lines([ending("shm", 1.0, 1.0, 5.0, 4.0)], "135m") == []
 
 
+def test_the_fastest_variant_that_reaches_the_goal_is_read_at_equal_cost(tmp_path):
+    def made(cell, tps, *losses):
+        record = ending(cell, tps, 50.0, *losses)
+        record.losses["final_val"] = losses[-1]
+        return record
+
+    rows = [made("flowhn_fac", 200.0, 6.0, 5.0), made("flowhn_no", 120.0, 5.0, 4.0)]
+    tried = [made("fac_a", 185.0, 5.0, 4.3), made("fac_b", 195.0, 5.0, 4.4)]
+    tried += [made("fac_c", 199.0, 6.0, 4.9), made("flowhn_no_sum", 199.0, 5.0, 4.1)]
+
+    def block(*records, artefact="beyond"):
+        for record in records:
+            write_record(tmp_path / artefact / "s" / "records" / f"{record.cell}-0.json", record)
+        lines = accuracy_block(tmp_path, "s", gap=GAP).splitlines()
+        return [line for line in lines if line.startswith("At the end of `")]
+
+    assert block(*rows, artefact="table1") == []
+    (told,) = block(*rows, *tried)
+    # fac_c closes too little, and a variant of No_Split is there to compare with.
+    assert told.startswith("At the end of `fac_b`'s training (10.3 s at its measured speed; loss 4.400): ")
+    assert "FAC_Split 5.000 (ended); at equal time `fac_b` is ahead of all of them." in told
+    assert block(made("fac_b", 150.0, 5.0, 4.4))[0].startswith("At the end of `fac_a`'s training")
+    assert block(made("fac_a", 150.0, 5.0, 4.3)) == []
+
+
 def test_depth_is_told_from_the_records_and_the_routes():
     records = [fake("flowhn_fac", config={"model": {"n_layers": 3}}), fake("shm", config={"model": {"n_layers": 7}})]
     seen = pd.DataFrame({"cell": ["flowhn_fac"], "mean": [61.7]})
@@ -309,7 +334,8 @@ def test_the_goal_is_told_as_reached_or_not(tmp_path):
     write_record(tmp_path / "table1" / "s" / "records" / "a.json", fake("flowhn_fac", acc=0.3))
     for record in variants():
         write_record(tmp_path / "beyond" / "s" / "records" / f"{record.cell}-{record.seed}.json", record)
-    assert "Half of the gap at 90 % of the speed: `fac_a`." in accuracy_block(tmp_path, "s", gap=GAP)
+    told = accuracy_block(tmp_path, "s", gap=GAP)
+    assert "Half of the gap or more at 90 % of the speed or more: `fac_a` (50 % at 90.0 %, seed 0)." in told
     write_record(tmp_path / "beyond" / "s" / "records" / "fac_a-0.json", fake("fac_a", loss=4.61, tps=900.0))
     assert "**None closes half of the gap at 90 % of the speed.**" in accuracy_block(tmp_path, "s", gap=GAP)
 

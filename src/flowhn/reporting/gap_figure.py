@@ -51,9 +51,10 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
             axes.set_xlim(min(left, 100 * LEAST_SPEED - 5), right)
             corner = (100 * LEAST_SPEED, low)
             axes.add_patch(Rectangle(corner, right - corner[0], goal - low, color="#009E73", alpha=0.12, linewidth=0))
+            # From the right edge: the shaded part may be narrower than the words, and beyond the axes stands the legend.
             axes.annotate(
-                f"half the gap\nto {style.long_name(ahead)},\n{100 * LEAST_SPEED:.0f} % of the speed", corner, xytext=(4, 4),
-                textcoords="offset points", fontsize=7, color="#006B4E", va="bottom",
+                f"half the gap\nto {style.long_name(ahead)},\n{100 * LEAST_SPEED:.0f} % of the speed", (right, low),
+                xytext=(-4, 4), textcoords="offset points", fontsize=7, color="#006B4E", va="bottom", ha="right",
             )  # fmt: skip
         axes.set_xlabel(f"Tokens/s, % of {style.long_name(of)}'s")
         axes.set_ylabel("Validation loss (nats per token)")

@@ -37,7 +37,7 @@ def loss_vs_time_figure(records: Iterable[RunRecord], path: Path | None = None, 
     def seconds(cell: Cell, point: Sequence[float]) -> float | None:
         return point[0] / cell.tps if cell.tps else point[2]
 
-    label = "Training time (s) at the measured speed, without compilation"
+    label = "Training time (s) at the measured speed,\nwithout compilation"  # a long legend leaves no room for one line
     return _loss_over(records, path, size, label, seconds, FuncFormatter(lambda value, _: f"{value:,g}"))
 
 

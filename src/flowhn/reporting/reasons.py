@@ -51,9 +51,10 @@ def at_equal_cost(cells: Mapping[str, Cell], *, of: str = OURS, to: Sequence[str
     return pd.DataFrame(rows, columns=["axis", "cell", "end", "own", "loss", "ends"])
 
 
-def equal_cost_lines(records: Sequence[RunRecord], size: str) -> list[str]:
-    """Whether FAC_Split is ahead at equal time and at equal FLOPs, one sentence each."""
-    frame = at_equal_cost(pool(records, size)).dropna(subset="loss")
+def equal_cost_lines(records: Sequence[RunRecord], size: str, *, of: str = OURS) -> list[str]:
+    """Whether FAC_Split, or a variant of it, is ahead of the other models at equal time and at equal FLOPs, one sentence each."""
+    frame = at_equal_cost(pool(records, size), of=of, to=[cell for cell in CELLS if cell != of]).dropna(subset="loss")
+    ours = name(of) if of in CELLS else f"`{of}`"
     told = []
     for axis, part in frame.groupby("axis", sort=False):
         end, own = part["end"].iloc[0], part["own"].iloc[0]
@@ -70,12 +71,12 @@ def equal_cost_lines(records: Sequence[RunRecord], size: str) -> list[str]:
         if worse and len(worse) < len(part):
             ahead += " alone"
         told.append(
-            f"At the end of {name(OURS)}'s training ({where}; loss {own:.3f}): {losses}; at equal {axis} {name(OURS)} is {ahead}."
+            f"At the end of {ours}'s training ({where}; loss {own:.3f}): {losses}; at equal {axis} {ours} is {ahead}."
         )
     if told:
         told.append(
             "The others are read in the middle of their schedules, before their learning rates have decayed, which favours "
-            f"{name(OURS)}."
+            f"{ours}."
         )
     return [" ".join(told), ""] if told else []
 

@@ -61,6 +61,10 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
     parts += _pictures(experiments, "table1", setting, shown)
     for frame, folder, told in variants:
         parts += _beyond(frame, experiments, folder, gap, when=told)
+        if folder == setting and frame is not None:
+            parts += _fastest_at_equal_cost(
+                frame, find_records(experiments / "beyond" / folder / "records"), records, gap
+            )
     for long in _with_records(experiments / "long_context", setting, name="evals"):
         if not (experiments / "long_context" / long / "long_context.png").is_file():
             continue
@@ -259,6 +263,20 @@ def _gap(experiments: Path, setting: str, size: str, gap: dict[str, Any]) -> pd.
     return gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
 
 
+def _fastest_at_equal_cost(
+    frame: pd.DataFrame, tried: Sequence[RunRecord], table: Sequence[RunRecord], gap: dict[str, Any]
+) -> list[str]:
+    """Where the fastest variant that reaches the goal stands among the table's models at equal time and FLOPs."""
+    tried_rows = frame[[not is_reference(cell, of=gap["of"], to=list(gap["to"])) for cell in frame["cell"]]]
+    reached = tried_rows[tried_rows["reached"]].sort_values("own_speed")
+    if reached.empty:
+        return []
+    fastest = reached["cell"].iloc[-1]
+    return equal_cost_lines(
+        [*table, *(record for record in tried if record.cell == fastest)], table[0].size, of=fastest
+    )
+
+
 def _beyond(
     frame: pd.DataFrame | None, experiments: Path, setting: str, gap: dict[str, Any], *, when: str = ""
 ) -> list[str]:
@@ -273,9 +291,13 @@ def _beyond(
             "",
         ]
     best = fast.iloc[0]
-    names = ", ".join(f"`{cell}`" for cell in tried[tried["reached"]]["cell"])
+    names = ", ".join(
+        f"`{row['cell']}` ({100 * row['closed']:.0f} % at {100 * row['own_speed']:.1f} %, seed{'s' * (',' in row['own_seeds'])} "
+        f"{row['own_seeds']})"
+        for row in tried[tried["reached"]].to_dict("records")
+    )
     reached = (
-        f"Half of the gap at 90 % of the speed: {names}."
+        f"Half of the gap or more at 90 % of the speed or more: {names}."
         if names
         else "**None closes half of the gap at 90 % of the speed.**"
     )
