@@ -9,7 +9,8 @@
 #   bash scripts/gpu_session.sh train 400       call 4, carrying .data: GPU tests while the data are prepared, then training (accuracy_session.sh);
 #                                               train 400 only: no tests
 # or, where training is what the session is for (nothing is timed):
-#   bash scripts/gpu_session.sh more            call 1, carrying build/site.tar.xz and .more/*.txt.xz: more parts of the training text
+#   bash scripts/gpu_session.sh more            call 1, carrying build/site.tar.xz, and once more carrying .more (more parts of the training text):
+#                                               together with the tree they are more than 64 MiB
 #   bash scripts/gpu_session.sh tables 590      call 2, carrying .data: variants on the text of .data; then on all of it the ten models of Table 1,
 #                                               LONGER_TOKENS=60000000 each, of which no run begins that would end later than LONGER_SECONDS=1500
 #                                               from this call's begin
@@ -75,8 +76,12 @@ if [ "$phase" = more ]; then
   # shellcheck source=scripts/gpu_packages.sh
   source scripts/gpu_packages.sh
   nvidia-smi -L
-  mkdir -p /tmp/more && cp .more/*.txt.xz /tmp/more && ls -l /tmp/more
-  need_packages hydra datasets lm_eval
+  mkdir -p /tmp/more
+  [ ! -d .more ] || cp .more/*.txt.xz /tmp/more || exit 3
+  ls -l /tmp/more
+  [ -e "$site/.site" ] || { echo "the packages are still to come: build/site.tar.xz in the next call"; exit 0; }
+  need_packages hydra datasets lm_eval || exit
+  [ -n "$(ls /tmp/more)" ] || echo "more text is still to come: .more in the next call"
   exit
 fi
 [ "$limit" -ge 60 ] || { echo "say how many seconds this call may take, 60 or more: gpu_session.sh go 560" >&2; exit 2; }
