@@ -78,7 +78,7 @@ PROBES = (
     "flowhn_no_2e-3",
 )  # rates of table1_lr that only kinds=probe plans
 LONG_MODELS = ("flowhn_fac", "flowhn_no", "llama", "mamba2", "shm")
-SECOND_SEEDS = ("flowhn_fac", "flowhn_no", "shm")
+SECOND_SEEDS = ("flowhn_fac", "flowhn_no", "shm")  # Llama's of table1.yaml comes with the long contexts
 BASE = "flowhn_fac"  # what the speed of the variants is compared with
 
 

@@ -99,8 +99,9 @@ def keep(args: argparse.Namespace) -> None:
     # What a row that gives way had shown of its rate stays on record, beside those tried on runs as long.
     shown = _as_tries(gives_way.get("table1", [])) if about["lr_tokens"] == about["tokens"] else []
     kept["table1_lr"] = _merge(before["table1_lr"], [*shown, *new("table1_lr")], newest=True)
-    tried = [record for record in before["beyond"] + new("beyond") if record.cell not in cells["table1"]]
-    if tried:  # else there is nothing to compare
+    if any(
+        record.cell not in cells["table1"] for record in before["beyond"] + new("beyond")
+    ):  # else there is nothing to compare
         # The rows to reach are those of Table 1, all seeds: a table needs a seed that all of its rows share.
         rows = [record for record in kept["table1"].values() if record.cell in cells["beyond"]]
         kept["beyond"] = _merge(before["beyond"], [*rows, *new("beyond")], newest=True)
@@ -116,8 +117,8 @@ def keep(args: argparse.Namespace) -> None:
             write_record(target / "records" / f"{cell}-s{seed}.json", record)
         sys.stdout.write(f"{name}: {len(new(name))} records of this session, {len(own)} in {target / 'records'}\n")
         if own:
-            tried = {cell for cell, _ in own} if name in ("table1_lr", "beyond") else set()
-            _write_command(target, name, about, models=[cell for cell in cells[name] if cell in tried])
+            held = {cell for cell, _ in own} if name in ("table1_lr", "beyond") else set()
+            _write_command(target, name, about, models=[cell for cell in cells[name] if cell in held])
     evals = into / "long_context" / args.setting / "evals"
     for result in results:
         evals.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import replace
@@ -107,6 +108,35 @@ def test_a_committed_command_plans(path):
     else:
         chosen = any(word.startswith("models=") for word in args.overrides)
         assert plan_cells(artefact if chosen else with_cells(name), args.overrides).wanted
+
+
+# What a committed command plans beyond what its folder holds, and why.
+NOT_HELD = {
+    "table1/135m-files-30M": {("llama", 1)},  # planned since the table of 60M tokens has it
+    "table1_lr/135m-files-4M": {("flowhn_no_2e-3", 0)},  # tried at 60M tokens only
+}
+
+
+@pytest.mark.slow  # .ci/run runs it
+@pytest.mark.parametrize(
+    "path",
+    [path for path in COMMANDS if path.parts[-2].startswith("135m-files")],
+    ids=lambda path: "/".join(path.parts[-3:-1]),
+)
+def test_a_committed_command_plans_what_its_folder_holds(path):
+    """The cells and seeds, at the rates they were trained at."""
+    args = reproduce._parse(shlex.split(path.read_text())[1:])
+    (name,) = args.artefacts
+    wanted = plan_cells(load_artefact(name), args.overrides).wanted.values()
+    records = sorted(path.parent.glob("records/*.json")) or sorted(path.parent.glob("evals/*.json"))
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in records]
+    held = {(content["cell"], content["seed"]): content for content in contents}
+    planned = {(run.config["cell"], run.config["seed"]): run for run in wanted}
+    assert set(planned) - set(held) == NOT_HELD.get("/".join(path.parts[-3:-1]), set())
+    assert set(held) - set(planned) == set()
+    if name != "long_context":  # its results tell no rate
+        rates = {key: planned[key].config["lr"] for key in held}
+        assert rates == {key: content["config"]["lr"] for key, content in held.items()}
 
 
 @pytest.mark.parametrize("name", TIMED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,10 +17,13 @@ from flowhn.reporting.beyond import gap_table, readable_gap
 from flowhn.reporting.cells import pool
 from flowhn.reporting.figures import loss_figure, loss_vs_time_figure
 from flowhn.reporting.gap_figure import gap_figure
-from flowhn.reporting.long_context import long_context_figure, read_results, write_long_context
+from flowhn.reporting.long_context import answer, long_context_figure, read_results, write_long_context
+from flowhn.reporting.rate_lines import rate_lines
 from flowhn.reporting.reasons import at_equal_cost, depth_lines, equal_cost_lines, lack_lines
 from flowhn.reporting.record import write_record
+from flowhn.reporting.speeds import DaySpread
 from flowhn.reporting.summary import _with_records, accuracy_block
+from flowhn.reporting.variant_lines import beyond_lines, budget_words, fastest_lines
 from flowhn.reporting.verdicts import verdicts
 from test_reporting import fake, timed
 
@@ -144,7 +148,43 @@ def test_accuracy_over_length(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["Llama", "FlowHN FAC_Split"]
     written = write_long_context(tmp_path / "evals", tmp_path / "out")
     assert {path.name for path in written} == {"table.md", "table.csv", "long_context.png"}
-    assert "| FlowHN FAC_Split | needle in a haystack |     2,048 |" in (tmp_path / "out" / "table.md").read_text()
+    text = (tmp_path / "out" / "table.md").read_text()
+    assert "| FlowHN FAC_Split | needle in a haystack |     2,048 |" in text
+    assert (
+        "All lengths and tasks: 80 exact matches in 160 questions; chosen right among four: FlowHN FAC_Split 48" in text
+    )
+    first, second = (bars[0].get_xdata() for bars in figure.axes[2].containers)
+    assert (first < second).all()  # side by side
+    assert "0 % everywhere" not in [one.get_text() for one in figure.axes[0].texts]
+
+
+def test_long_contexts_are_told_beside_guessing():
+    def asked(cell, acc, exact=0.0, n=200):
+        return {
+            "cell": cell,
+            "kind": "niah",
+            "length": 1024,
+            "questions": n,
+            "exact_match": exact,
+            "acc": acc,
+            "trained": 1024,
+        }
+
+    frame = pd.DataFrame([asked("llama", 25.0), asked("shm", 31.0)])
+    text = answer(frame)
+    assert text.startswith(
+        "no exact match in 400 questions; chosen right among four: SHM 62, Llama 50, of 200 each (guessing: 50 ± 6.1)"
+    )
+    assert text.endswith("none is above guessing by two standard errors.")
+    assert answer(pd.DataFrame([asked("llama", 25.0), asked("shm", 32.0)])).endswith("by two standard errors: SHM.")
+    assert "none" in answer(pd.DataFrame([asked("shm", 31.1)]))
+    above = answer(pd.DataFrame([asked("shm", 40.0, exact=0.5)]))
+    assert above.startswith(
+        "1 exact match in 200 questions; chosen right among four: SHM 80, of 200 each (guessing: 50 ± 6.1):"
+    )
+    assert above.endswith(" above guessing by two standard errors: SHM.")
+    frame = frame.assign(exact_match_stderr=0.0, acc_stderr=3.0, seed=0)
+    assert "0 % everywhere" in [one.get_text() for one in long_context_figure(frame).axes[0].texts]
 
 
 def test_a_result_that_is_none_is_named(tmp_path):
@@ -182,15 +222,14 @@ def test_the_readme_s_block_says_what_the_records_say(tmp_path):
     text = accuracy_block(tmp_path, "s", gap=GAP)
     assert "| FlowHN FAC_Split | 1 | 4.000 | 1,000 | 30.00 ± " in text
     assert "chosen per family at 4,000,000 tokens: llama 0.002 (of 0.001, 0.002; the highest tried)." in text
-    assert "inherit" not in text  # FlowHN's rate was not tried here
+    assert "not tried themselves" not in text  # FlowHN's rate was not tried here, and Llama's family is Llama
     assert "another rate" not in text
     trained = fake("llama", acc=0.4, config={"lr": 1e-3})
     write_record(tmp_path / "table1" / "s" / "records" / "llama.json", trained)
     assert "at another rate than the one chosen here: Llama at 0.001." in accuracy_block(tmp_path, "s", gap=GAP)
-    assert (
-        "of 3 variants of FAC_Split, `fac_a` has the lowest loss at 90 % of the speed or more: it closes 50 % of the gap"
-        in text
-    )
+    told = "3 variants of FAC_Split, 1 closes half of the gap to FlowHN No_Split or more at 90 % of FAC_Split's speed or more: "
+    assert f"{told}`fac_a` (50 % at 90.0 %, seed 0)." in text
+    assert "At the end of `fac_a`'s training" in text
     assert (
         "| No_Split beats FAC_Split in accuracy: the price of the split. (FlowHN FAC_Split) | +1.44† | +20.00 |" in text
     )
@@ -216,7 +255,7 @@ def test_rates_and_variants_of_other_budgets_are_told_as_such(tmp_path):
     told = "flowhn_no 0.001 (validation losses 0.0005: 4.400, 0.001: 4.200; the highest tried)."
     assert f"the lowest loss per family at {tokens:,} tokens: {told}" in text
     assert "at another rate than the one best here: FlowHN No_Split at 0.0005." in text
-    assert f"Beyond the paper, at {variants()[0].tokens:,} tokens and its learning rates: of 3 variants" in text
+    assert f"Beyond the paper, at {variants()[0].tokens:,} tokens: of 3 variants" in text
     assert "it closes 50 % of the gap to FlowHN No_Split in seed 0 and 25 % over seeds 0, 1, at" in text
     assert "experiments/beyond/135m-files-30M/gap.md" in text
 
@@ -278,7 +317,7 @@ def test_the_fastest_variant_that_reaches_the_goal_is_read_at_equal_cost(tmp_pat
 
     def block(*records, artefact="beyond"):
         for record in records:
-            write_record(tmp_path / artefact / "s" / "records" / f"{record.cell}-0.json", record)
+            write_record(tmp_path / artefact / "s" / "records" / f"{record.cell}-{record.seed}.json", record)
         lines = accuracy_block(tmp_path, "s", gap=GAP).splitlines()
         return [line for line in lines if line.startswith("At the end of `")]
 
@@ -287,7 +326,20 @@ def test_the_fastest_variant_that_reaches_the_goal_is_read_at_equal_cost(tmp_pat
     # fac_c closes too little, and a variant of No_Split is there to compare with.
     assert told.startswith("At the end of `fac_b`'s training (10.3 s at its measured speed; loss 4.400): ")
     assert "FAC_Split 5.000 (ended); at equal time `fac_b` is ahead of all of them." in told
-    assert block(made("fac_b", 150.0, 5.0, 4.4))[0].startswith("At the end of `fac_a`'s training")
+    # A table of another budget has them beside its own: those lines are not of its text and length.
+    for record in rows:
+        write_record(tmp_path / "table1" / "135m-files-60M" / "records" / f"{record.cell}-0.json", record)
+    (tmp_path / "beyond" / "135m-files-30M").symlink_to(tmp_path / "beyond" / "s")
+    other = accuracy_block(tmp_path, "135m-files-60M", gap=GAP)
+    assert "2 close half of the gap" in other
+    assert "At the end of `" not in other
+    seeds = [replace(record, seed=1) for record in (*rows, tried[1])]
+    for record in seeds:
+        write_record(tmp_path / "beyond" / "s" / "records" / f"{record.cell}-1.json", record)
+    assert block()[0].startswith("At the end of `fac_b`'s training (10.3 s")  # both seeds of it
+    assert block(made("fac_b", 150.0, 5.0, 4.4), replace(made("fac_b", 150.0, 5.0, 4.4), seed=1))[0].startswith(
+        "At the end of `fac_a`'s training"
+    )
     assert block(made("fac_a", 150.0, 5.0, 4.3)) == []
 
 
@@ -326,7 +378,7 @@ def test_a_variant_of_more_seeds_is_told_by_all_of_them_in_the_figure():
     more = [fake("flowhn_no", seed=1, loss=4.40), fake("fac_a", seed=1, loss=4.9, tps=950.0)]
     (axes,) = gap_figure(gap_table([*variants(), *more], size="135m", **GAP), **GAP).axes
     labels = {line.get_label().split()[1]: (line.get_label(), line.get_ydata()[0]) for line in axes.lines}
-    assert labels["fac_a"] == ("3  fac_a  4.600 (25 % over seeds 0, 1)", 4.6)
+    assert labels["fac_a"] == ("3  fac_a  4.600 (25 %, seeds 0, 1)", 4.6)
     assert labels["fac_b"][0].endswith("4.550")
 
 
@@ -335,9 +387,50 @@ def test_the_goal_is_told_as_reached_or_not(tmp_path):
     for record in variants():
         write_record(tmp_path / "beyond" / "s" / "records" / f"{record.cell}-{record.seed}.json", record)
     told = accuracy_block(tmp_path, "s", gap=GAP)
-    assert "Half of the gap or more at 90 % of the speed or more: `fac_a` (50 % at 90.0 %, seed 0)." in told
+    assert (
+        "of 3 variants of FAC_Split, 1 closes half of the gap to FlowHN No_Split or more at 90 % of FAC_Split's speed"
+        in told
+    )
+    assert "or more: `fac_a` (50 % at 90.0 %, seed 0). [" in told
     write_record(tmp_path / "beyond" / "s" / "records" / "fac_a-0.json", fake("fac_a", loss=4.61, tps=900.0))
     assert "**None closes half of the gap at 90 % of the speed.**" in accuracy_block(tmp_path, "s", gap=GAP)
+
+
+def test_variants_that_reach_the_goal_are_told_by_seeds_and_speed():
+    more = [
+        fake("flowhn_no", seed=1, loss=4.6),
+        fake("fac_a", seed=1, loss=4.7, tps=930.0),
+        fake("fac_d", loss=4.5, tps=960.0),
+    ]
+    frame = gap_table([*variants(), *more], size="135m", **GAP)
+    (text, _) = beyond_lines(frame, "s", GAP, days=DaySpread(0.02, same_code=True))
+    assert "2 close half" in text
+    assert text.index("`fac_a` (") < text.index("`fac_d` (")  # of two seeds, though slower
+    assert "seeds 0, 1, above 90 % by less than the 2.0 % by which repeats of a speed differ)" in text
+    assert "`fac_d` (100 % at 96.0 %, seed 0)" in text
+    (text, _) = beyond_lines(
+        gap_table(variants()[:5], size="135m", **GAP).assign(reached=False), "s", GAP, when=", at 5 tokens"
+    )
+    assert "of the speed at this length and rate.**" in text
+    assert beyond_lines(None, "s", GAP) == fastest_lines(None, Path("none"), "s", [], GAP) == []
+    runs = [fake("flowhn_fac", config={"lr": 5e-4}, tokens=3_000), fake("shm", config={"lr": 1e-3})]
+    assert budget_words(runs) == ", at 3,000 tokens (FAC_Split's learning rate 0.0005)"
+
+
+def test_models_that_were_not_tried_are_told_with_whose_rate_they_have(tmp_path):
+    rows = [fake(cell, acc=0.3, config={"lr": 1e-3}) for cell in ("flowhn_fac", "shm")]
+    for cell, model in (
+        ("flowhn_1e-3", "flowhn"),
+        ("hybrid_1e-3", "shm"),
+        ("mamba_1e-3", "mamba2"),
+        ("llama_1e-3", "llama"),
+    ):
+        record = fake(cell, model=model, config={"lr": 1e-3}, loss=4.0)
+        write_record(tmp_path / "table1_lr" / "s" / "records" / f"{cell}.json", record)
+    (line, _) = rate_lines(tmp_path, "s", rows)
+    told = "FlowHN No_Split, FlowHN AE_Split and FlowHN FA_Split have FAC_Split's; Jamba and Hymba have SHM's; Mamba-1 has "
+    told += "Mamba-2's."
+    assert f"Rates of models that were not tried themselves: {told}" in line
 
 
 def test_variants_of_another_budget_stand_beside_fewer_of_this_one(tmp_path):

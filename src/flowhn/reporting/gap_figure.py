@@ -35,14 +35,16 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
     looks = style.looks(frame["cell"])
     losses, ahead = frame.set_index("cell")["val_loss"], goal_model(frame, to)
     with matplotlib.rc_context(style.FONT):
-        figure = Figure(figsize=(style.WIDTH, 3.9), dpi=style.DPI, layout="constrained")
+        columns = 1 if len(frame) <= 8 else 2
+        height = 3.4 + 0.15 * -(-len(frame) // columns)  # the rows stand below, where their names have room
+        figure = Figure(figsize=(style.WIDTH, height), dpi=style.DPI, layout="constrained")
         axes = figure.subplots()
         for number, row in enumerate(frame.itertuples(), start=1):
             look, own = looks[row.cell], row.cell == of or row.cell in to
             axes.plot(
                 [100 * row.speed], [row.val_loss], look.marker, color=look.color, markersize=9 if own else 6,
                 markeredgecolor="black" if own else look.color, markeredgewidth=0.8, linestyle="none",
-                label=f"{number}  {_label(row)}",
+                label=f"{number}  {_label(row, known=(of, ahead))}",
             )  # fmt: skip
         axes.margins(0.06)
         if ahead is not None and of in losses and ahead in losses:
@@ -51,25 +53,42 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
             axes.set_xlim(min(left, 100 * LEAST_SPEED - 5), right)
             corner = (100 * LEAST_SPEED, low)
             axes.add_patch(Rectangle(corner, right - corner[0], goal - low, color="#009E73", alpha=0.12, linewidth=0))
-            # From the right edge: the shaded part may be narrower than the words, and beyond the axes stands the legend.
-            axes.annotate(
-                f"half the gap\nto {style.long_name(ahead)},\n{100 * LEAST_SPEED:.0f} % of the speed", (right, low),
-                xytext=(-4, 4), textcoords="offset points", fontsize=7, color="#006B4E", va="bottom", ha="right",
-            )  # fmt: skip
+            told = f"half the gap\nto {style.long_name(ahead)},\n{100 * LEAST_SPEED:.0f} % of the speed"
+            _in_free_corner(
+                axes,
+                told,
+                (corner[0], right, low, goal),
+                [(100 * one.speed, one.val_loss) for one in frame.itertuples()],
+            )
         axes.set_xlabel(f"Tokens/s, % of {style.long_name(of)}'s")
         axes.set_ylabel("Validation loss (nats per token)")
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(
-            loc="outside right center", frameon=False, title="Row, final loss", title_fontsize=7.5, fontsize=6.5
-        )
+            loc="outside lower center", frameon=False, ncols=columns, title="Row, final loss (gap closed over more seeds)",
+            title_fontsize=7.5, fontsize=6.5 if columns == 1 else 6, markerscale=0.7, columnspacing=1.0, handletextpad=0.2,
+        )  # fmt: skip
         _number(figure, axes, [(100 * row.speed, row.val_loss) for row in frame.itertuples()])
         return style.save(figure, path)
 
 
-def _label(row: Any) -> str:
-    """A row's name and loss; a variant's of more seeds with what it closes over them."""
-    told = f" ({100 * row.closed:.0f} % over seeds {row.own_seeds})" if row.own_seeds != row.seeds else ""
+def _label(row: Any, *, known: tuple[str | None, ...]) -> str:
+    """A row's name and loss; of more seeds than all rows share, what it closes over them, unless that is known (0 or 100 %)."""
+    more = row.own_seeds != row.seeds and row.cell not in known
+    told = f" ({100 * row.closed:.0f} %, seeds {row.own_seeds})" if more else ""
     return f"{style.long_name(row.cell)}  {row.val_loss:.3f}{told}"
+
+
+def _in_free_corner(axes: Axes, told: str, box: tuple[float, ...], points: list[tuple[float, float]]) -> None:
+    """Write into that corner of a box (left, right, low, high) from which the points are farthest."""
+    left, right, low, high = box
+    transform, at = axes.transLimits.transform, np.array(axes.transLimits.transform(points))
+    corners = [(right, low, "right", "bottom"), (left, low, "left", "bottom"), (right, high, "right", "top")]
+    free = [np.hypot(*(at - transform(corner[:2])).T).min() for corner in corners]
+    x, y, side, edge = corners[int(np.argmax(free))]
+    axes.annotate(
+        told, (x, y), xytext=(-4 if side == "right" else 4, 4 if edge == "bottom" else -4),
+        textcoords="offset points", fontsize=7, color="#006B4E", ha=side, va=edge,
+    )  # fmt: skip
 
 
 def _number(figure: Figure, axes: Axes, points: list[tuple[float, float]]) -> None:

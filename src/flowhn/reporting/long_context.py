@@ -25,6 +25,7 @@ FOLDER_NAME = "evals"
 KINDS = {"niah": "needle in a haystack", "recall": "associative recall"}
 METRICS = {"exact_match": "exact match", "acc": "chosen among four"}
 _CHANCE = {"exact_match": 0.0, "acc": 25.0}
+_APART = 0.09  # of a doubling of the length: how far models stand from each other at one length
 _COLUMNS = (
     "cell",
     "seed",
@@ -70,6 +71,35 @@ def read_results(folder: Path) -> pd.DataFrame:
     )
 
 
+def answer(frame: pd.DataFrame) -> str:
+    """What the results say in a sentence or two: exact matches of all questions, and each model's choices beside chance."""
+    matched = int((frame["exact_match"] * frame["questions"] / 100).round().sum())
+    asked = int(frame["questions"].sum())
+    number = f"{matched:,}" if matched else "no"
+    exact = f"{number} exact match{'es' if matched > 1 else ''} in {asked:,} questions"
+    right = (frame["acc"] * frame["questions"] / 100).round().groupby(frame["cell"]).sum()
+    of = frame.groupby("cell")["questions"].sum()
+    chance = _CHANCE["acc"] / 100
+    models = ", ".join(
+        f"{style.long_name(cell)} {right[cell]:.0f}{f' of {of[cell]:,}' if of.nunique() > 1 else ''}"
+        for cell in right.sort_values(ascending=False, kind="stable").index
+    )
+    told = f"{exact}; chosen right among four: {models}"
+    if of.nunique() == 1:
+        each = int(of.iloc[0])
+        error = (each * chance * (1 - chance)) ** 0.5
+        told += f", of {each:,} each (guessing: {chance * each:.0f} ± {error:.1f})"
+    above = [
+        cell for cell in right.index if right[cell] > chance * of[cell] + 2 * (of[cell] * chance * (1 - chance)) ** 0.5
+    ]
+    names = ", ".join(style.long_name(cell) for cell in style.in_order(above))
+    return told + (
+        f": above guessing by two standard errors: {names}."
+        if above
+        else ": none is above guessing by two standard errors."
+    )
+
+
 def _percent(value: Any) -> float:
     return float("nan") if value is None else 100 * float(value)
 
@@ -97,12 +127,15 @@ def long_context_figure(frame: pd.DataFrame, path: Path | None = None) -> Figure
 
 
 def _panel(axes: Any, frame: pd.DataFrame, metric: str, lengths: Sequence[int]) -> None:
-    for cell, rows in frame.groupby("cell", sort=False):
+    cells = frame["cell"].unique()
+    for number, (cell, rows) in enumerate(frame.groupby("cell", sort=False)):
         look = style.look(str(cell))
         means = rows.groupby("length")[metric].mean()
         errors = rows.groupby("length")[f"{metric}_stderr"].mean()
+        # Side by side, or the error bars of one length would lie on each other.
+        places = [length * 2 ** (_APART * (number - (len(cells) - 1) / 2)) for length in means.index]
         axes.errorbar(
-            means.index, means.to_numpy(), yerr=errors.to_numpy(), color=look.color, marker=look.marker, linestyle=look.linestyle,
+            places, means.to_numpy(), yerr=errors.to_numpy(), color=look.color, marker=look.marker, linestyle=look.linestyle,
             markersize=4, linewidth=1.2, elinewidth=0.6, capsize=1.5, label=style.long_name(str(cell)),
         )  # fmt: skip
     for trained in frame["trained"].unique():
@@ -115,6 +148,8 @@ def _panel(axes: Any, frame: pd.DataFrame, metric: str, lengths: Sequence[int]) 
             textcoords="offset points",
             fontsize=6.5,
         )
+    if not frame[metric].any():
+        axes.text(0.5, 0.5, "0 % everywhere", transform=axes.transAxes, ha="center", fontsize=7.5, color="#555555")
     if _CHANCE[metric]:
         axes.axhline(_CHANCE[metric], color="#777777", linewidth=0.8, linestyle=":", zorder=0)
     axes.set_xscale("log", base=2)
@@ -144,6 +179,7 @@ def write_long_context(evals: Path, folder: Path) -> list[Path]:
     notes = (
         f"Trained at {trained} tokens. In per cent, ± one standard error. Exact match: greedy decoding gives the value; "
         "choice: the likeliest of four values that stand in the context (guessing: 25 %).",
+        f"All lengths and tasks: {answer(frame)}",
     )
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "long_context.png"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -15,6 +16,7 @@ from flowhn.reporting import style
 from flowhn.reporting.cells import Cell, pool
 from flowhn.reporting.record import RunRecord
 
+_LONG = 30  # letters of a name
 _FAR = 0.15  # of the curves' height: how far above them the unigram entropy is still drawn as a line
 
 
@@ -37,7 +39,7 @@ def loss_vs_time_figure(records: Iterable[RunRecord], path: Path | None = None, 
     def seconds(cell: Cell, point: Sequence[float]) -> float | None:
         return point[0] / cell.tps if cell.tps else point[2]
 
-    label = "Training time (s) at the measured speed,\nwithout compilation"  # a long legend leaves no room for one line
+    label = "Training time (s) at the measured speed, without compilation"
     return _loss_over(records, path, size, label, seconds, FuncFormatter(lambda value, _: f"{value:,g}"))
 
 
@@ -89,7 +91,11 @@ def _loss_over(
         )
     lines.sort(key=lambda line: -line[2][-1][1])  # the legend runs as the curves end, worst on top
     with matplotlib.rc_context(style.FONT):
-        figure = Figure(figsize=(style.WIDTH, 3.9), dpi=style.DPI, layout="constrained")
+        # Names as long as those of variants stand below, or they would leave the curves no room.
+        below = max(len(style.long_name(cell.cell)) for cell, _, _ in lines) > _LONG
+        columns = 1 if len(lines) <= 8 else 2
+        height = 3.4 + 0.17 * -(-len(lines) // columns) if below else 3.9
+        figure = Figure(figsize=(style.WIDTH, height), dpi=style.DPI, layout="constrained")
         axes = figure.subplots()
         _loss_lines(axes, lines)
         _unigram_line(axes, cells)
@@ -98,9 +104,11 @@ def _loss_over(
         axes.xaxis.set_major_formatter(formatter)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(
-            loc="outside right center", frameon=False, title="Model, final loss", title_fontsize=7.5, handlelength=3.2
-        )
+        where: dict[str, Any] = {"loc": "outside right center", "handlelength": 3.2}
+        if below:
+            where = {"loc": "outside lower center", "handlelength": 2.6, "ncols": columns, "columnspacing": 1.0}
+            where["fontsize"] = 6.5 if columns == 1 else 6
+        figure.legend(frameon=False, title="Model, final loss", title_fontsize=7.5, **where)
         return style.save(figure, path)
 
 

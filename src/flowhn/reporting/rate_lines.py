@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from flowhn.reporting import style
 from flowhn.reporting.rates import FAMILIES, family_tried, rate_table, with_table_rows
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.style import long_name
@@ -37,9 +38,7 @@ def _paragraph(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> str:
     told = ", ".join(_family(frame[frame["family"] == family], losses=at_length) for family in families)
     other = " of another selection of text" if tried[0].data.get("sha256") != records[0].data.get("sha256") else ""
     line = f"Learning rates, {'the lowest loss' if at_length else 'chosen'} per family at {tokens:,} tokens{other}: {told}."
-    heirs = [long_name(f"flowhn_{split}") for split in ("no", "ae", "fa") if f"flowhn_{split}" not in families]
-    if "flowhn" in families:
-        line += f" {', '.join(heirs[:-1])} and {heirs[-1]} inherit FAC_Split's rate, not tried themselves."
+    line += _heirs(families)
     family_of = {model: family for family, models in FAMILIES.items() for model in models}
     losses = frame.groupby(["family", "lr"])["val_loss"].min()
     chosen = frame[frame["chosen"]].set_index("family")["lr"]
@@ -57,6 +56,20 @@ def _paragraph(tried: Sequence[RunRecord], records: Sequence[RunRecord]) -> str:
         told = ", ".join(f"{name} at {rate:g}" for name, rate in others.items())
         line += f" Of the table's rows, at another rate than the one {'best' if at_length else 'chosen'} here: {told}."
     return line + (f" **Higher in loss than need be, by its rate: {', '.join(behind)}.**" if behind else "")
+
+
+def _heirs(families: Sequence[str]) -> str:
+    """Which models of these families were not tried themselves, and whose rate they have."""
+    told = []
+    for family in families:
+        first, *others = FAMILIES[family]
+        if family == "flowhn":
+            first, others = "flowhn_fac", [f"flowhn_{split}" for split in ("no", "ae", "fa")]
+        names = [long_name(model) for model in others if model not in families]
+        if names:
+            listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+            told.append(f"{listed} {'have' if len(names) > 1 else 'has'} {style.name(first)}'s")
+    return f" Rates of models that were not tried themselves: {'; '.join(told)}." if told else ""
 
 
 def _family(tried: pd.DataFrame, *, losses: bool) -> str:

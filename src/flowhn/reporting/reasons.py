@@ -69,7 +69,7 @@ def equal_cost_lines(records: Sequence[RunRecord], size: str, *, of: str = OURS)
             else f"ahead of {_and(worse) if worse else 'none of them'}"
         )
         if worse and len(worse) < len(part):
-            ahead += " alone"
+            ahead += " alone" if len(worse) == 1 else " only"
         told.append(
             f"At the end of {ours}'s training ({where}; loss {own:.3f}): {losses}; at equal {axis} {ours} is {ahead}."
         )

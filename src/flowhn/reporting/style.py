@@ -63,14 +63,14 @@ _LOOKS = {
     "fac_rope_conv_sum": Look("FAC, RoPE, conv, sum fusion", _BROWN, "8", (0, (4, 1.5))),
     "fac_keys_rope_conv_sum": Look("FAC, all keys, RoPE, conv, sum fusion", _BROWN, "P", "-"),
     "fac_keys_rope_conv_gated": Look("FAC, all keys, RoPE, conv, gated fusion", _BROWN, "X", (0, (1, 1))),
-    "fac_keys_rope_conv_gated_bf16": Look("FAC, all keys, RoPE, conv, gated fusion, residual in bf16", _GREY, "X", "-"),
+    "fac_keys_rope_conv_gated_bf16": Look("FAC, all keys, RoPE, conv, gated, bf16 residual", _BLUE, "X", "-"),
     "flowhn_no_conv": Look("No_Split, conv", _RED, "h", (0, (1, 1))),
     "flowhn_no_sum": Look("No_Split, sum fusion", _RED, "p", (0, (4, 1.5))),
     "fac_bf16_residual": Look("FAC, residual in bf16", _GREY, "8", (0, (4, 1.5))),
     "fac_gated": Look("FAC, gated fusion", _SKY, "X", (0, (1, 1))),
     "fac_gated_shared": Look("FAC, gated fusion, a quarter of the tokens in both", _SKY, "P", "-"),
     "fac_keys_rope_conv_gated_bf16_shared": Look(
-        "FAC, all keys, RoPE, conv, gated, bf16 residual, 1/16 in both", _GREY, "P", (0, (1, 1))
+        "FAC, all keys, RoPE, conv, gated, bf16 residual, 1/16 in both", _OLIVE, "P", (0, (1, 1))
     ),
     "fac_mamba2": Look("FAC, Mamba-2 branch", _PURPLE, "p", (0, (4, 1.5))),
     "fac_mamba2_keys_rope_conv_gated_bf16": Look(

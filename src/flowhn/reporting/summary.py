@@ -14,13 +14,14 @@ from flowhn.reporting.ablation_answers import depth_answer
 from flowhn.reporting.ablation_tables import depth_table
 from flowhn.reporting.adapter import adapter_lines
 from flowhn.reporting.bench import commit_of
-from flowhn.reporting.beyond import gap_table, goal_model, is_reference
+from flowhn.reporting.long_context import answer, read_results
 from flowhn.reporting.rate_lines import rate_lines
 from flowhn.reporting.reasons import depth_lines, equal_cost_lines, lack_lines
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.speeds import DaySpread, day_spreads, newest_speeds
 from flowhn.reporting.style import long_name, size_name
 from flowhn.reporting.tables import DASH, SLIP, table1
+from flowhn.reporting.variant_lines import beyond_lines, budget_words, fastest_lines, gap_of
 from flowhn.reporting.verdicts import BIASED, INTERVAL, verdicts
 
 
@@ -54,23 +55,25 @@ def accuracy_block(experiments: Path, setting: str, *, gap: dict[str, Any], seen
     parts += [*equal_cost_lines(records, size), *depth_lines(records, size, seen, depths=_depths(experiments))]
     variants = []
     for folder in _with_records(experiments / "beyond", setting):
-        told = _budget(find_records(experiments / "beyond" / folder / "records")) if folder != setting else ""
-        variants.append((_gap(experiments, folder, size, gap), folder, told))
+        told = budget_words(find_records(experiments / "beyond" / folder / "records")) if folder != setting else ""
+        variants.append((gap_of(experiments, folder, size, gap), folder, told))
     parts += next((lines for frame, _, told in variants if (lines := lack_lines(frame, when=told))), [])
     shown = {f"loss_vs_{axis.lower()}": f"validation loss over training {axis}" for axis in ("time", "FLOPs")}
     parts += _pictures(experiments, "table1", setting, shown)
+    days = day_spreads(experiments).get(_devices(records)[0])
     for frame, folder, told in variants:
-        parts += _beyond(frame, experiments, folder, gap, when=told)
-        if folder == setting and frame is not None:
-            parts += _fastest_at_equal_cost(
-                frame, find_records(experiments / "beyond" / folder / "records"), records, gap
-            )
+        parts += beyond_lines(frame, folder, gap, when=told, days=days)
+        if folder == setting:
+            parts += fastest_lines(frame, experiments, folder, records, gap)
+        if frame is not None:
+            parts += _pictures(experiments, "beyond", folder, {"gap": "validation loss over speed of all variants"})
     for long in _with_records(experiments / "long_context", setting, name="evals"):
         if not (experiments / "long_context" / long / "long_context.png").is_file():
             continue
         which = f" ({long})" if long != setting else ""
         parts += [
-            f"Beyond the trained length{which}: [experiments/long_context](experiments/long_context/{long}/table.md).",
+            f"Beyond the trained length{which}: {answer(read_results(experiments / 'long_context' / long / 'evals'))} "
+            f"[experiments/long_context](experiments/long_context/{long}/table.md).",
             "",
             *_pictures(experiments, "long_context", long, {"long_context": "exact match and choice over length"}),
         ]
@@ -232,10 +235,6 @@ def _with_records(folder: Path, setting: str, *, name: str = "records") -> list[
     return own + [one for one in others[-1:] if not own or rows(one) > rows(setting)]
 
 
-def _budget(records: Sequence[RunRecord]) -> str:
-    return f", at {records[0].tokens:,} tokens and its learning rates" if records else ""
-
-
 def _pictures(experiments: Path, artefact: str, setting: str, names: dict[str, str]) -> list[str]:
     lines = []
     for name, shows in names.items():
@@ -252,65 +251,3 @@ def _depths(experiments: Path) -> str:
         for setting in sorted(path.parent for path in folder.glob("*/records"))
     ]
     return f"[experiments/ablation_depth](experiments/ablation_depth/README.md), {' '.join(found)}" if found else ""
-
-
-def _gap(experiments: Path, setting: str, size: str, gap: dict[str, Any]) -> pd.DataFrame | None:
-    """The variants' table, or None where there are no variants or FAC_Split is not there."""
-    records = find_records(experiments / "beyond" / setting / "records")
-    own = {gap["of"], *gap["to"]}
-    if not any(record.cell not in own for record in records) or not any(record.cell == gap["of"] for record in records):
-        return None
-    return gap_table(records, size=size, of=gap["of"], to=list(gap["to"]))
-
-
-def _fastest_at_equal_cost(
-    frame: pd.DataFrame, tried: Sequence[RunRecord], table: Sequence[RunRecord], gap: dict[str, Any]
-) -> list[str]:
-    """Where the fastest variant that reaches the goal stands among the table's models at equal time and FLOPs."""
-    tried_rows = frame[[not is_reference(cell, of=gap["of"], to=list(gap["to"])) for cell in frame["cell"]]]
-    reached = tried_rows[tried_rows["reached"]].sort_values("own_speed")
-    if reached.empty:
-        return []
-    fastest = reached["cell"].iloc[-1]
-    return equal_cost_lines(
-        [*table, *(record for record in tried if record.cell == fastest)], table[0].size, of=fastest
-    )
-
-
-def _beyond(
-    frame: pd.DataFrame | None, experiments: Path, setting: str, gap: dict[str, Any], *, when: str = ""
-) -> list[str]:
-    if frame is None:
-        return []
-    tried = frame[[not is_reference(cell, of=gap["of"], to=list(gap["to"])) for cell in frame["cell"]]]
-    fast = tried[tried["speed"] >= 0.9]
-    link = f"[experiments/beyond/{setting}](experiments/beyond/{setting}/gap.md) has all of them."
-    if not len(fast):
-        return [
-            f"Beyond the paper{when}: of {len(tried)} variants of FAC_Split none keeps 90 % of its speed. {link}",
-            "",
-        ]
-    best = fast.iloc[0]
-    names = ", ".join(
-        f"`{row['cell']}` ({100 * row['closed']:.0f} % at {100 * row['own_speed']:.1f} %, seed{'s' * (',' in row['own_seeds'])} "
-        f"{row['own_seeds']})"
-        for row in tried[tried["reached"]].to_dict("records")
-    )
-    reached = (
-        f"Half of the gap or more at 90 % of the speed or more: {names}."
-        if names
-        else "**None closes half of the gap at 90 % of the speed.**"
-    )
-    goal = goal_model(frame, list(gap["to"]))
-    if goal is None:
-        closed = "closes nothing, for no model is ahead,"
-    else:
-        closed = f"closes {100 * best[f'closed_{goal}']:.0f} % of the gap to {long_name(goal)}"
-        if best["own_seeds"] != best["seeds"]:
-            closed += f" in seed {best['seeds']} and {100 * best['closed']:.0f} % over seeds {best['own_seeds']},"
-    return [
-        f"Beyond the paper{when}: of {len(tried)} variants of FAC_Split, `{best['cell']}` has the lowest loss at 90 % of the "
-        f"speed or more: it {closed} at {100 * best['speed']:.0f} % of FAC_Split's speed. {reached} {link}",
-        "",
-        *_pictures(experiments, "beyond", setting, {"gap": "validation loss over speed of all variants"}),
-    ]
