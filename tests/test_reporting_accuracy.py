@@ -374,6 +374,21 @@ def test_every_marker_of_the_gap_has_the_number_of_its_row():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(points)
 
 
+@pytest.mark.parametrize(
+    ("tps", "loss", "corner"),
+    [(950.0, 4.55, ("right", "bottom")), (1050.0, 4.32, ("left", "bottom")), (950.0, 4.32, ("right", "top"))],
+)
+def test_the_goal_is_written_into_the_corner_that_is_free(tps, loss, corner):
+    records = [
+        *variants()[:4],
+        fake("fac_a", loss=loss, tps=tps),
+        fake("fac_b", loss=4.32, tps=905.0 if "top" in corner else 700.0),
+    ]
+    (axes,) = gap_figure(gap_table(records, size="135m", **GAP), **GAP).axes
+    (told,) = [text for text in axes.texts if text.get_text().startswith("half the gap")]
+    assert (told.get_ha(), told.get_va()) == corner
+
+
 def test_a_variant_of_more_seeds_is_told_by_all_of_them_in_the_figure():
     more = [fake("flowhn_no", seed=1, loss=4.40), fake("fac_a", seed=1, loss=4.9, tps=950.0)]
     (axes,) = gap_figure(gap_table([*variants(), *more], size="135m", **GAP), **GAP).axes
