@@ -129,7 +129,7 @@ def test_tables_are_drawn_after_a_second_session_of_seeds_and_variants(tmp_path)
     gap = load_artefact("beyond").gap
     block = accuracy_block(tmp_path / "experiments", SETTING, gap=gap)
     assert (
-        "1 closes half of the gap to FlowHN No_Split or more at 90 % of FAC_Split's speed or more: `fac_keys` (60 % at 95.0 %, seed 0)"
+        "1 closes half of the gap to FlowHN No_Split or more at 90 % of FAC_Split's speed or more: `fac_keys` (60 % at 95.0 %"
         in block
     )
     frame = pd.read_csv(tmp_path / "experiments" / "beyond" / SETTING / "gap.csv").set_index("cell")
