@@ -99,9 +99,8 @@ def keep(args: argparse.Namespace) -> None:
     # What a row that gives way had shown of its rate stays on record, beside those tried on runs as long.
     shown = _as_tries(gives_way.get("table1", [])) if about["lr_tokens"] == about["tokens"] else []
     kept["table1_lr"] = _merge(before["table1_lr"], [*shown, *new("table1_lr")], newest=True)
-    if any(
-        record.cell not in cells["table1"] for record in before["beyond"] + new("beyond")
-    ):  # else there is nothing to compare
+    variants = {record.cell for record in before["beyond"] + new("beyond")} - set(cells["table1"])
+    if variants:  # else there is nothing to compare
         # The rows to reach are those of Table 1, all seeds: a table needs a seed that all of its rows share.
         rows = [record for record in kept["table1"].values() if record.cell in cells["beyond"]]
         kept["beyond"] = _merge(before["beyond"], [*rows, *new("beyond")], newest=True)

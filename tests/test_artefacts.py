@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMED = [name for name in artefact_files() if load_artefact(name).bench is not None]
 TRAINED = [name for name in artefact_files() if name not in TIMED]
 COMMANDS = sorted((ROOT / "experiments").glob("*/*/command.txt"))
+# Those of runs of which a record or a result lies beside them; branches has measurements alone.
+OF_RUNS = [path for path in COMMANDS if path.parts[-3] in TRAINED and path.parts[-3] != "branches"]
 
 
 def with_cells(name: str, *cells: str) -> Artefact:
@@ -89,7 +91,7 @@ def test_every_committed_table_says_what_made_it():
 
 
 @pytest.mark.slow  # .ci/run runs it
-@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: "/".join(path.parts[-3:-1]))
+@pytest.mark.parametrize("path", sorted({*COMMANDS} - {*OF_RUNS}), ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_a_committed_command_plans(path):
     """With placeholders (TEXT, VALID, EVAL) the plan reads no file either."""
     (line,) = path.read_text().splitlines()
@@ -114,19 +116,21 @@ def test_a_committed_command_plans(path):
 NOT_HELD = {
     "table1/135m-files-30M": {("llama", 1)},  # planned since the table of 60M tokens has it
     "table1_lr/135m-files-4M": {("flowhn_no_2e-3", 0)},  # tried at 60M tokens only
+    # Its share is too small at the length of tiny.
+    "beyond/tiny-docs-laptop": {("fac_keys_rope_conv_gated_bf16_shared", seed) for seed in range(3)},
 }
 
 
 @pytest.mark.slow  # .ci/run runs it
-@pytest.mark.parametrize(
-    "path",
-    [path for path in COMMANDS if path.parts[-2].startswith("135m-files")],
-    ids=lambda path: "/".join(path.parts[-3:-1]),
-)
+@pytest.mark.parametrize("path", OF_RUNS, ids=lambda path: "/".join(path.parts[-3:-1]))
 def test_a_committed_command_plans_what_its_folder_holds(path):
     """The cells and seeds, at the rates they were trained at."""
-    args = reproduce._parse(shlex.split(path.read_text())[1:])
+    (line,) = path.read_text().splitlines()
+    program, *words = shlex.split(line)
+    assert program == "./reproduce.sh"
+    args = reproduce._parse(words)
     (name,) = args.artefacts
+    assert name == path.parts[-3]
     wanted = plan_cells(load_artefact(name), args.overrides).wanted.values()
     records = sorted(path.parent.glob("records/*.json")) or sorted(path.parent.glob("evals/*.json"))
     contents = [json.loads(file.read_text(encoding="utf-8")) for file in records]

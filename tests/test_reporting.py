@@ -16,11 +16,12 @@ from flowhn.reporting import figures, paper, style
 from flowhn.reporting.artefact import write_artefact
 from flowhn.reporting.bench import write_bench_record
 from flowhn.reporting.cells import Cell, pool
+from flowhn.reporting.claims import CLAIMS
 from flowhn.reporting.record import RunRecord
 from flowhn.reporting.speeds import DaySpread, day_spreads, newest_speeds, other_code, repeats
 from flowhn.reporting.style import CELLS
 from flowhn.reporting.tables import DASH, table1, write_table
-from flowhn.reporting.verdicts import CLAIMS, paired_bootstrap, verdicts
+from flowhn.reporting.verdicts import paired_bootstrap, verdicts
 
 GPU = {"type": "cuda", "name": "NVIDIA H200", "count": 1}
 CPU = {"type": "cpu", "name": "A Processor", "count": 2}

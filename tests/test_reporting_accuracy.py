@@ -427,6 +427,13 @@ def test_variants_that_reach_the_goal_are_told_by_seeds_and_speed():
         gap_table(variants()[:5], size="135m", **GAP).assign(reached=False), "s", GAP, when=", at 5 tokens"
     )
     assert "of the speed at this length and rate.**" in text
+    slow = [
+        fake("flowhn_no", seed=1, loss=4.6),
+        fake("fac_b", seed=1, loss=4.7, tps=930.0),
+    ]  # over both seeds 91 % of the speed
+    rows = [one for one in variants() if one.cell not in ("fac_a", "fac_c")]
+    (text, _) = beyond_lines(gap_table([*rows, *slow], size="135m", **GAP), "s", GAP)
+    assert "of 1 variant of FAC_Split, 1 closes half" in text  # though none has 90 % in the seed that all share
     assert beyond_lines(None, "s", GAP) == fastest_lines(None, Path("none"), "s", [], GAP) == []
     runs = [fake("flowhn_fac", config={"lr": 5e-4}, tokens=3_000), fake("shm", config={"lr": 1e-3})]
     assert budget_words(runs) == ", at 3,000 tokens (FAC_Split's learning rate 0.0005)"

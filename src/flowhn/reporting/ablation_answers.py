@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from flowhn.reporting.ablation_tables import one_branch
+from flowhn.reporting.style import listed
 
 SPLIT_LIMITS = (
     "A short run on a small text ranks strategies by how fast they learn local statistics; whether late tokens have seen early "
@@ -72,7 +73,7 @@ def fusion_answer(frame: pd.DataFrame) -> str:
         return _NO_LOSS
     first = "; ".join(parts)
     same = sorted(frame.fusion[frame.coincides.notna()].unique())
-    coincide = f"In split modes {_and(same)} compute what sum does" if same else "No fusions coincide here"
+    coincide = f"In split modes {listed(same)} compute what sum does" if same else "No fusions coincide here"
     speeds = trained.dropna(subset=["tps"])
     spread = [100 * (part.tps.max() / part.tps.min() - 1) for _, part in speeds.groupby("split")]
     tail = f", and the choice of fusion changes tokens/s by at most {max(spread):.0f} %" if spread else ""
@@ -108,9 +109,9 @@ def ssm_answer(frame: pd.DataFrame) -> str:
             losses.append(f"{two['val_loss'] - one['val_loss']:+.3f} with {name}")
         if pd.notna(one["tps"]) and pd.notna(two["tps"]):
             speeds.append(f"{two['tps'] / one['tps']:.2f} with {name}")
-    first = f"A Mamba-2 branch changes the validation loss by {_and(losses)}." if losses else _NO_LOSS
+    first = f"A Mamba-2 branch changes the validation loss by {listed(losses)}." if losses else _NO_LOSS
     return (
-        f"{first} {f'Its tokens/s, in multiples of the Mamba-1 branch, are {_and(speeds)}.' if speeds else _NO_SPEED}"
+        f"{first} {f'Its tokens/s, in multiples of the Mamba-1 branch, are {listed(speeds)}.' if speeds else _NO_SPEED}"
     )
 
 
@@ -123,8 +124,10 @@ def balance_answer(frame: pd.DataFrame) -> str:
             losses.append(f"{shares} with {name} (validation loss {time['val_loss'] - flops['val_loss']:+.3f})")
         if pd.notna(flops["tps"]) and pd.notna(time["tps"]):
             speeds.append(f"{time['tps'] / flops['tps']:.2f} with {name}")
-    first = f"Cutting by measured time instead of FLOPs moves attention's share {_and(losses)}." if losses else _NO_LOSS
-    second = f"In multiples of the FLOP-balanced cut, tokens/s are {_and(speeds)}." if speeds else _NO_SPEED
+    first = (
+        f"Cutting by measured time instead of FLOPs moves attention's share {listed(losses)}." if losses else _NO_LOSS
+    )
+    second = f"In multiples of the FLOP-balanced cut, tokens/s are {listed(speeds)}." if speeds else _NO_SPEED
     return " ".join(filter(None, (first, second, one_branch(frame))))
 
 
@@ -170,7 +173,7 @@ def _ranked(frame: pd.DataFrame) -> str:
         for place, name in zip(places, names, strict=False)
     ]
     told = f"Validation loss is lowest with {best['label']} ({best['val_loss']:.3f} nats per token)"
-    return f"{told}: {_and(leads)}." if leads else f"{told}."
+    return f"{told}: {listed(leads)}." if leads else f"{told}."
 
 
 def _apart(low: Mapping[str, Any], high: Mapping[str, Any]) -> str:
@@ -180,7 +183,3 @@ def _apart(low: Mapping[str, Any], high: Mapping[str, Any]) -> str:
     if not ranges:
         return f"{difference:.3f} (one seed)"
     return f"{difference:.3f} ({'more' if difference > max(ranges) else 'not more'} than seeds differ)"
-
-
-def _and(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

@@ -35,9 +35,8 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
     looks = style.looks(frame["cell"])
     losses, ahead = frame.set_index("cell")["val_loss"], goal_model(frame, to)
     with matplotlib.rc_context(style.FONT):
-        columns = 1 if len(frame) <= 8 else 2
-        height = 3.4 + 0.15 * -(-len(frame) // columns)  # the rows stand below, where their names have room
-        figure = Figure(figsize=(style.WIDTH, height), dpi=style.DPI, layout="constrained")
+        legend, height = style.below(len(frame))
+        figure = Figure(figsize=(style.WIDTH, 3.4 + height), dpi=style.DPI, layout="constrained")
         axes = figure.subplots()
         for number, row in enumerate(frame.itertuples(), start=1):
             look, own = looks[row.cell], row.cell == of or row.cell in to
@@ -64,9 +63,8 @@ def gap_figure(frame: pd.DataFrame, path: Path | None = None, *, of: str, to: li
         axes.set_ylabel("Validation loss (nats per token)")
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(
-            loc="outside lower center", frameon=False, ncols=columns, title="Row, final loss (gap closed over more seeds)",
-            title_fontsize=7.5, fontsize=6.5 if columns == 1 else 6, markerscale=0.7, columnspacing=1.0, handletextpad=0.2,
-        )  # fmt: skip
+            title="Row, final loss (gap closed over more seeds)", markerscale=0.7, handletextpad=0.2, **legend
+        )
         _number(figure, axes, [(100 * row.speed, row.val_loss) for row in frame.itertuples()])
         return style.save(figure, path)
 

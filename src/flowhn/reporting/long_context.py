@@ -79,25 +79,18 @@ def answer(frame: pd.DataFrame) -> str:
     exact = f"{number} exact match{'es' if matched > 1 else ''} in {asked:,} questions"
     right = (frame["acc"] * frame["questions"] / 100).round().groupby(frame["cell"]).sum()
     of = frame.groupby("cell")["questions"].sum()
-    chance = _CHANCE["acc"] / 100
+    guessed = of * _CHANCE["acc"] / 100
+    error = (guessed * (1 - _CHANCE["acc"] / 100)) ** 0.5  # standard, of the number that is right
     models = ", ".join(
         f"{style.long_name(cell)} {right[cell]:.0f}{f' of {of[cell]:,}' if of.nunique() > 1 else ''}"
         for cell in right.sort_values(ascending=False, kind="stable").index
     )
     told = f"{exact}; chosen right among four: {models}"
     if of.nunique() == 1:
-        each = int(of.iloc[0])
-        error = (each * chance * (1 - chance)) ** 0.5
-        told += f", of {each:,} each (guessing: {chance * each:.0f} ± {error:.1f})"
-    above = [
-        cell for cell in right.index if right[cell] > chance * of[cell] + 2 * (of[cell] * chance * (1 - chance)) ** 0.5
-    ]
-    names = ", ".join(style.long_name(cell) for cell in style.in_order(above))
-    return told + (
-        f": above guessing by two standard errors: {names}."
-        if above
-        else ": none is above guessing by two standard errors."
-    )
+        told += f", of {of.iloc[0]:,} each (guessing: {guessed.iloc[0]:.0f} ± {error.iloc[0]:.1f})"
+    above = style.in_order(right.index[right > guessed + 2 * error])
+    names = f": {', '.join(map(style.long_name, above))}" if above else ""
+    return f"{told}: {'' if above else 'none is '}above guessing by two standard errors{names}."
 
 
 def _percent(value: Any) -> float:

@@ -92,9 +92,11 @@ def _loss_over(
     lines.sort(key=lambda line: -line[2][-1][1])  # the legend runs as the curves end, worst on top
     with matplotlib.rc_context(style.FONT):
         # Names as long as those of variants stand below, or they would leave the curves no room.
-        below = max(len(style.long_name(cell.cell)) for cell, _, _ in lines) > _LONG
-        columns = 1 if len(lines) <= 8 else 2
-        height = 3.4 + 0.17 * -(-len(lines) // columns) if below else 3.9
+        legend: dict[str, Any] = {"loc": "outside right center", "frameon": False, "title_fontsize": 7.5}
+        height = 3.9
+        if max(len(style.long_name(cell.cell)) for cell, _, _ in lines) > _LONG:
+            legend, rows = style.below(len(lines))
+            height = 3.4 + rows
         figure = Figure(figsize=(style.WIDTH, height), dpi=style.DPI, layout="constrained")
         axes = figure.subplots()
         _loss_lines(axes, lines)
@@ -104,11 +106,7 @@ def _loss_over(
         axes.xaxis.set_major_formatter(formatter)
         axes.set_xlim(left=0)
         axes.spines[["top", "right"]].set_visible(False)
-        where: dict[str, Any] = {"loc": "outside right center", "handlelength": 3.2}
-        if below:
-            where = {"loc": "outside lower center", "handlelength": 2.6, "ncols": columns, "columnspacing": 1.0}
-            where["fontsize"] = 6.5 if columns == 1 else 6
-        figure.legend(frameon=False, title="Model, final loss", title_fontsize=7.5, **where)
+        figure.legend(title="Model, final loss", handlelength=3.2, **legend)
         return style.save(figure, path)
 
 

@@ -67,8 +67,7 @@ def _heirs(families: Sequence[str]) -> str:
             first, others = "flowhn_fac", [f"flowhn_{split}" for split in ("no", "ae", "fa")]
         names = [long_name(model) for model in others if model not in families]
         if names:
-            listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
-            told.append(f"{listed} {'have' if len(names) > 1 else 'has'} {style.name(first)}'s")
+            told.append(f"{style.listed(names)} {'have' if len(names) > 1 else 'has'} {style.name(first)}'s")
     return f" Rates of models that were not tried themselves: {'; '.join(told)}." if told else ""
 
 

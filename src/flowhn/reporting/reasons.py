@@ -10,7 +10,7 @@ import pandas as pd
 
 from flowhn.reporting.cells import Cell, pool
 from flowhn.reporting.record import RunRecord
-from flowhn.reporting.style import CELLS, long_name, name
+from flowhn.reporting.style import CELLS, listed, long_name, name
 
 OURS = "flowhn_fac"
 OTHERS = tuple(cell for cell in CELLS if cell != OURS)
@@ -66,7 +66,7 @@ def equal_cost_lines(records: Sequence[RunRecord], size: str, *, of: str = OURS)
         ahead = (
             "ahead of all of them"
             if len(worse) == len(part)
-            else f"ahead of {_and(worse) if worse else 'none of them'}"
+            else f"ahead of {listed(worse) if worse else 'none of them'}"
         )
         if worse and len(worse) < len(part):
             ahead += " alone" if len(worse) == 1 else " only"
@@ -139,7 +139,3 @@ def _layers(record: RunRecord) -> int | None:
     model: Mapping[str, Any] = record.config.get("model") or {}
     count = model.get("n_layers")
     return None if count is None else int(count)
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -6,7 +6,7 @@ members differ in marker and line style, so that a figure also reads in grey.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +156,23 @@ def sizes_in_order(sizes: Iterable[str]) -> list[str]:
     return sorted(
         set(sizes), key=lambda size: (SIZE_ORDER.index(size) if size in SIZE_ORDER else len(SIZE_ORDER), size)
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """``A``, ``A and B``, ``A, B and C``."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def below(rows: int) -> tuple[dict[str, Any], float]:
+    """A legend of long names below a figure of full width: how to draw it, and the height of its rows (inches)."""
+    columns = 1 if rows <= 8 else 2
+    words = {
+        "loc": "outside lower center",
+        "ncols": columns,
+        "fontsize": 6.5 if columns == 1 else 6,
+        "columnspacing": 1.0,
+    }
+    return {**words, "frameon": False, "title_fontsize": 7.5}, 0.16 * -(-rows // columns)
 
 
 def size_name(size: str) -> str:

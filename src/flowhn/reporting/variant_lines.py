@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from flowhn.reporting.beyond import LEAST_SPEED, gap_table, goal_model, is_reference
-from flowhn.reporting.reasons import equal_cost_lines
+from flowhn.reporting.reasons import OURS, equal_cost_lines
 from flowhn.reporting.record import RunRecord, find_records
 from flowhn.reporting.speeds import DaySpread
 from flowhn.reporting.style import long_name
@@ -25,12 +25,10 @@ def gap_of(experiments: Path, setting: str, size: str, gap: Mapping[str, Any]) -
 
 
 def budget_words(records: Sequence[RunRecord]) -> str:
-    """``, at 30,015,488 tokens (FAC_Split at 0.0005)``: what runs other than the table's have to say of themselves."""
+    """``, at 30,015,488 tokens (FAC_Split's learning rate 0.0005)``: what runs that are not the table's say of themselves."""
     if not records:
         return ""
-    rates = sorted(
-        {record.config["lr"] for record in records if record.cell == "flowhn_fac" and record.config.get("lr")}
-    )
+    rates = sorted({record.config["lr"] for record in records if record.cell == OURS and record.config.get("lr")})
     told = f" (FAC_Split's learning rate {', '.join(f'{rate:g}' for rate in rates)})" if rates else ""
     return f", at {records[0].tokens:,} tokens{told}"
 
@@ -50,12 +48,9 @@ def beyond_lines(
     if frame is None:
         return []
     tried = _judged(frame, gap)
-    fast = tried[tried["speed"] >= LEAST_SPEED]
     link = f"[experiments/beyond/{setting}](experiments/beyond/{setting}/gap.md) has all of them."
-    intro = f"Beyond the paper{when}: of {len(tried)} variants of FAC_Split"
+    intro = f"Beyond the paper{when}: of {len(tried)} variant{'s' * (len(tried) != 1)} of FAC_Split"
     goal = goal_model(frame, list(gap["to"]))
-    if not len(fast):
-        return [f"{intro} none keeps 90 % of its speed. {link}", ""]
     reached = tried[tried["reached"]]
     if len(reached):
         # Those of most seeds first, then the fastest.
@@ -69,6 +64,9 @@ def beyond_lines(
             f"{names}. {link}",
             "",
         ]
+    fast = tried[tried["speed"] >= LEAST_SPEED]
+    if not len(fast):
+        return [f"{intro} none keeps 90 % of its speed. {link}", ""]
     best = fast.iloc[0]
     if goal is None:
         closed = "closes nothing, for no model is ahead,"
@@ -93,13 +91,15 @@ def fastest_lines(
         frame: as :func:`gap_of` gives it for ``setting``, the folder of the table as well.
         table: the table's records.
     """
-    reached = _judged(frame, gap) if frame is not None else pd.DataFrame({"reached": []})
-    reached = reached[reached["reached"].astype(bool)]
+    if frame is None:
+        return []
+    tried = _judged(frame, gap)
+    reached = tried[tried["reached"]]
     if reached.empty:
         return []
     fastest = reached.loc[reached["own_speed"].idxmax(), "cell"]
-    tried = [record for record in find_records(experiments / "beyond" / setting / "records") if record.cell == fastest]
-    return equal_cost_lines([*table, *tried], table[0].size, of=fastest)
+    own = [record for record in find_records(experiments / "beyond" / setting / "records") if record.cell == fastest]
+    return equal_cost_lines([*table, *own], table[0].size, of=fastest)
 
 
 def _judged(frame: pd.DataFrame, gap: Mapping[str, Any]) -> pd.DataFrame:

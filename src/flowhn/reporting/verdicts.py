@@ -1,4 +1,4 @@
-"""The paper's claims as data, each judged from run records alone.
+"""The paper's claims (:mod:`flowhn.reporting.claims`), each judged from run records alone.
 
 A verdict is ``better``, ``worse``, ``within noise`` or ``not testable``: how the first model stands to the second one.
 ``holds`` says what that means for the claim: ``partly`` is the claimed direction without the
@@ -17,7 +17,6 @@ one cell on other days where that is more (:mod:`flowhn.reporting.speeds`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from math import sqrt
 from statistics import NormalDist
 
@@ -26,6 +25,7 @@ import pandas as pd
 
 from flowhn.reporting import paper
 from flowhn.reporting.cells import Cell, average_tasks, pool
+from flowhn.reporting.claims import ALL, CLAIMS, Claim
 from flowhn.reporting.record import RunRecord
 from flowhn.reporting.speeds import DaySpread, ratio_band
 from flowhn.reporting.style import long_name, size_name, sizes_in_order, task_name
@@ -37,51 +37,6 @@ _CONFIDENCE = 0.95
 COLUMNS = (
     "claim", "size", "sentence", "first", "second", "quantity", "ours_first", "ours_second", "difference", "stderr",
     "low", "high", "claimed", "printed", "verdict", "holds", "method", "source", "rest", "rest_low", "rest_high",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Claim:
-    """``first`` beats each of ``seconds`` (``best``: all other models) in ``quantity``: average, tps or mfu.
-
-    ``factor`` is the claimed ratio, None where the paper only says more. ``sizes`` are those the paper claims it for;
-    other sizes are judged too and say so.
-    """
-
-    id: str
-    sentence: str
-    first: str
-    seconds: tuple[str, ...]
-    quantity: str
-    source: str
-    factor: float | None = None
-    sizes: tuple[str, ...] = paper.SIZES
-
-
-_ALL = "best"
-CLAIMS = (
-    Claim("no_split_best", "No_Split has the best average accuracy.", "flowhn_no", (_ALL,), "average", "table 1"),
-    Claim("fac_over_ae_fa", "FAC_Split beats AE_Split and FA_Split in accuracy.", "flowhn_fac",
-          ("flowhn_ae", "flowhn_fa"), "average", "table 1"),
-    Claim("fac_over_hybrids", "FAC_Split beats the sequential hybrids and Hymba in accuracy.", "flowhn_fac",
-          ("jamba", "shm", "hymba"), "average", "abstract"),
-    Claim("no_over_hybrids", "No_Split beats the sequential hybrids and Hymba in accuracy.", "flowhn_no",
-          ("jamba", "shm", "hymba"), "average", "table 1"),
-    Claim("no_over_fac", "No_Split beats FAC_Split in accuracy: the price of the split.", "flowhn_no", ("flowhn_fac",),
-          "average", "table 1"),
-    Claim("fac_fastest", "FAC_Split has the most tokens/s of all models.", "flowhn_fac", (_ALL,), "tps", "table 1",
-          sizes=("135m", "350m")),
-    Claim("fac_best_mfu", "FAC_Split has the highest MFU of all models.", "flowhn_fac", (_ALL,), "mfu",
-          "table 1", sizes=("135m", "1b")),
-    Claim("fac_over_hymba_tps", "FAC_Split has 3.7 times Hymba's tokens/s.", "flowhn_fac", ("hymba",), "tps",
-          "figure 4, 135M", factor=3.7, sizes=("135m",)),
-    Claim("fac_over_mamba2_tps", "FAC_Split has up to 4 times Mamba-2's tokens/s.", "flowhn_fac", ("mamba2",), "tps",
-          "abstract; figure 4, 1B", factor=4.0, sizes=("1b",)),
-    Claim("fac_over_mamba2_mfu", "FAC_Split has up to 2 times Mamba-2's MFU.", "flowhn_fac", ("mamba2",), "mfu",
-          "abstract; figure 4, 1B", factor=2.0, sizes=("1b",)),
-    Claim("ae_over_no_tps", "AE_Split is faster than No_Split.", "flowhn_ae", ("flowhn_no",), "tps", "table 1"),
-    Claim("fa_over_no_tps", "FA_Split is faster than No_Split.", "flowhn_fa", ("flowhn_no",), "tps", "table 1"),
-    Claim("fac_over_no_tps", "FAC_Split is faster than No_Split.", "flowhn_fac", ("flowhn_no",), "tps", "table 1"),
 )  # fmt: skip
 
 
@@ -130,7 +85,7 @@ def _judge(
     }
     row |= {"claimed": claim.factor, "first": claim.first}
     rivals = 1
-    if second == _ALL:
+    if second == ALL:
         second, gaps, rivals = _best_other(claim.first, cells, claim.quantity)
     else:
         gaps = ""
